@@ -1,0 +1,82 @@
+# `make` or `make help` lists the targets. `setup` makes .venv; everything else stands on it.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.qwenrun-setup
+
+# The repo root must stay off sys.path: transformers takes our kernels/ for a package of Hugging Face's
+# of the same name.
+export PYTHONSAFEPATH := 1
+export TOKENIZERS_PARALLELISM := false
+
+# Where there is no NVIDIA driver the CPU build of torch is enough, and gigabytes smaller. Triton is only
+# needed beside a card (and by later checks of the GPU kernels).
+TORCH_PIN := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-model demo-eval test lint type fmt bench docs wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything the other targets need
+
+$(STAMP): pyproject.toml Makefile
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: qwenrun needs Python 3.11 or newer, $(PYTHON) is older" >&2; \
+	       echo "hint: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77'
+	@if [ -e /proc/driver/nvidia/version ]; then \
+	  $(BIN)/pip install --quiet 'torch>=2.13' triton; \
+	else \
+	  $(BIN)/pip install --quiet $(TORCH_PIN)+cpu --index-url $(CPU_INDEX) 2>/dev/null \
+	    || $(BIN)/pip install --quiet $(TORCH_PIN); \
+	fi
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+demo: setup ## quantize the embedded model, show its memory, ask it two questions
+	@$(BIN)/python -m qwenrun.demo.walkthrough
+
+demo-model: setup ## train the embedded demo model again (CPU, under an hour)
+	$(BIN)/python -m qwenrun.demo.train $(ARGS)
+
+demo-eval: setup ## exact answers of the demo model in bf16, balanced, nvfp4 and int4
+	@$(BIN)/python -m qwenrun.demo.walkthrough --eval
+
+test: setup ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: setup ## ruff, and that the generated pages are up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python docs/generate.py --check
+
+fmt: setup ## format and fix what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: setup ## mypy, on a folder of links laid out as the installed package is
+	@rm -rf build/house && mkdir -p build/house/qwenrun
+	@for f in qwenrun/*; do ln -s "$(CURDIR)/$$f" build/house/qwenrun/; done
+	@ln -s "$(CURDIR)/quant" "$(CURDIR)/kernels" build/house/qwenrun/
+	cd build/house && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p qwenrun
+
+bench: setup ## prefill and decode speed of the demo model's packs, side by side
+	@$(BIN)/python -m qwenrun.demo.walkthrough --bench
+
+docs: setup ## write the generated pages (docs/cli.md, docs/ops.md)
+	$(BIN)/python docs/generate.py
+
+wheel: setup ## build dist/*.whl
+	@rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove what was built (not .venv)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
