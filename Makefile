@@ -16,6 +16,8 @@ export TOKENIZERS_PARALLELISM := false
 TORCH_PIN := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 ARGS ?=
+DEMO_MODEL := qwenrun/demo/model
+DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-model demo-eval test lint type fmt bench docs wheel clean
@@ -41,13 +43,22 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 demo: setup ## quantize the embedded model, show its memory, ask it two questions
-	@$(BIN)/python -m qwenrun.demo.walkthrough
+	@set -e; run() { echo; printf '$$ qwenrun'; printf ' %q' "$$@"; echo; $(BIN)/qwenrun "$$@"; }; \
+	run quantize $(DEMO_MODEL) -o $(DEMO_PACK) --force; \
+	run vram $(DEMO_PACK) --ctx 1k,4k; \
+	run chat -m $(DEMO_PACK) -p "What is qwenrun?"; \
+	run chat -m $(DEMO_PACK) -p "How many experts does the 122B have?" --stats; \
+	run bench -m $(DEMO_PACK)
 
 demo-model: setup ## train the embedded demo model again (CPU, under an hour)
 	$(BIN)/python -m qwenrun.demo.train $(ARGS)
 
-demo-eval: setup ## exact answers of the demo model in bf16, balanced, nvfp4 and int4
-	@$(BIN)/python -m qwenrun.demo.walkthrough --eval
+demo-eval: setup ## exact answers of the embedded model: bf16, balanced, nvfp4, int4
+	@set -e; $(BIN)/qwenrun eval; \
+	for recipe in balanced nvfp4 int4; do \
+	  $(BIN)/qwenrun quantize $(DEMO_MODEL) -o build/demo-$$recipe.pack --recipe $$recipe --force --quiet >/dev/null; \
+	  $(BIN)/qwenrun eval -m build/demo-$$recipe.pack; \
+	done
 
 test: setup ## run the tests
 	$(BIN)/pytest $(ARGS)
@@ -67,8 +78,12 @@ type: setup ## mypy, on a folder of links laid out as the installed package is
 	@ln -s "$(CURDIR)/quant" "$(CURDIR)/kernels" build/house/qwenrun/
 	cd build/house && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p qwenrun
 
-bench: setup ## prefill and decode speed of the demo model's packs, side by side
-	@$(BIN)/python -m qwenrun.demo.walkthrough --bench
+bench: setup ## prefill and decode speed of the demo model, bf16 beside its quantized packs
+	@set -e; $(BIN)/qwenrun bench; \
+	for recipe in balanced nvfp4 int4; do \
+	  $(BIN)/qwenrun quantize $(DEMO_MODEL) -o build/demo-$$recipe.pack --recipe $$recipe --force --quiet >/dev/null; \
+	  $(BIN)/qwenrun bench -m build/demo-$$recipe.pack; \
+	done
 
 docs: setup ## write the generated pages (docs/cli.md, docs/ops.md)
 	$(BIN)/python docs/generate.py
