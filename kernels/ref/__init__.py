@@ -1,0 +1,32 @@
+"""The reference backend: every op in pure torch, on any device, for any BlockSpec.
+
+It is the oracle the other backends are held to, and what runs where none of them does.
+"""
+
+from __future__ import annotations
+
+from qwenrun.kernels.dispatch import Backend
+from qwenrun.kernels.ref.attention import apply_rope, attention, rope_tables
+from qwenrun.kernels.ref.codec import decode, encode
+from qwenrun.kernels.ref.delta import conv, delta_rule
+from qwenrun.kernels.ref.linear import embedding, experts, linear, router
+from qwenrun.kernels.ref.norms import gated_rms_norm, rms_norm
+
+BACKEND = Backend("ref", priority=0, devices=(), refuses=lambda op, spec: "")
+
+__all__ = [
+    "BACKEND",
+    "apply_rope",
+    "attention",
+    "conv",
+    "decode",
+    "delta_rule",
+    "embedding",
+    "encode",
+    "experts",
+    "gated_rms_norm",
+    "linear",
+    "rms_norm",
+    "rope_tables",
+    "router",
+]

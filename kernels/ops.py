@@ -1,0 +1,152 @@
+"""The public ops: what a machine can compute for this model, tensors in, tensors out.
+
+Shape letters: T tokens (queries), S cached positions, H hidden size, N rows and K columns of a matrix,
+E experts, I expert width, k experts per token, Hq and Hkv query and key heads of D numbers, nk and nv key and
+value heads of the delta rule with dk and dv numbers, C convolution channels, R rotary dimensions.
+
+Each function here asks `dispatch` for the backend on every call, which is right for tools and tests. A hot
+path calls `bind` once and keeps what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from qwenrun.kernels.dispatch import pick
+from qwenrun.kernels.spec import BlockSpec
+from qwenrun.kernels.weight import Weight
+
+OPS = (
+    "encode",
+    "decode",
+    "linear",
+    "embedding",
+    "experts",
+    "router",
+    "attention",
+    "rope_tables",
+    "apply_rope",
+    "delta_rule",
+    "conv",
+    "rms_norm",
+    "gated_rms_norm",
+)
+
+
+def bind(op: str, device: str = "cpu", spec: BlockSpec | None = None) -> Callable[..., Any]:
+    """The callable that computes `op` there, to be kept: no choice is made when it is called."""
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; there are {', '.join(OPS)}")
+    return pick(op, device, spec)
+
+
+def encode(
+    values: Tensor,
+    spec: BlockSpec,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+    tensor_scales: int = 1,
+) -> Weight:
+    """Round a matrix onto the codes of `spec`.
+
+    values: float32 [..., N, K]. scales: as `spec` stores them, [..., N, K / block]; zeros: uint8 0..15 of the
+    same shape; tensor_scale: float32 [..., T]. What is not given follows from the largest magnitudes of each
+    block (and of each of `tensor_scales` groups of rows). Codes saturate; ties round to even; a block whose
+    scale is zero becomes zero. Raises ValueError where the block does not divide K.
+    """
+    return pick("encode", values.device.type, spec)(values, spec, scales, zeros, tensor_scale, tensor_scales)
+
+
+def decode(weight: Weight) -> Tensor:
+    """The values of an encoded matrix: float32 [..., N, K]."""
+    return pick("decode", weight.codes.device.type, weight.spec)(weight)
+
+
+def linear(x: Tensor, w: Weight) -> Tensor:
+    """x [T, K] times a matrix [N, K] transposed: [T, N] in x's dtype, accumulated in float32."""
+    return pick("linear", x.device.type, w.spec)(x, w)
+
+
+def embedding(ids: Tensor, w: Weight) -> Tensor:
+    """Rows `ids` (int64 [T]) of a matrix [V, H]: float32 [T, H]. Only those rows are decoded."""
+    return pick("embedding", ids.device.type, w.spec)(ids, w)
+
+
+def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum of the chosen experts' `down(silu(gate(x)) * up(x))`: [T, H] in x's dtype.
+
+    x [T, H]; gate_up [E, 2I, H], the gate's rows first; down [E, H, I]; index int64 [T, k], the chosen
+    experts; weight float32 [T, k]. Experts that nobody chose are not touched.
+    """
+    return pick("experts", x.device.type, gate_up.spec)(x, gate_up, down, index, weight)
+
+
+def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The top k of softmax(gate x) over all experts in float32, renormalised to sum 1.
+
+    x [T, H], gate [E, H] -> index int64 [T, k], weight float32 [T, k], the largest first.
+    """
+    return pick("router", x.device.type)(x, gate, k)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal grouped-query attention over a cache: [T, Hq, D] in q's dtype, softmax in float32.
+
+    q [T, Hq, D]; k, v [S, Hkv, D], S >= T; query t stands at position S - T + t. Query head h reads key head
+    h // (Hq / Hkv). Memory for scores is bounded, whatever S is.
+    """
+    return pick("attention", q.device.type)(q, k, v, scale)
+
+
+def rope_tables(
+    positions: Tensor,
+    theta: float,
+    rotary_dim: int,
+    mrope_section: tuple[int, ...] | None = None,
+    yarn: tuple[float, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [T, R / 2], of frequencies theta^(-2j / R).
+
+    positions: int64 [T] (text), or [3, T] (time, height, width) with `mrope_section`: slot j turns with axis
+    j mod 3, axes 1 and 2 only while j < 3 * section. yarn: (factor, original context length), which scales
+    the frequencies and multiplies both tables by 0.1 ln(factor) + 1 (arXiv 2309.00071).
+    """
+    return pick("rope_tables", positions.device.type)(positions, theta, rotary_dim, mrope_section, yarn)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R dimensions of x [T, heads, D], pairs (j, j + R / 2); the rest passes through."""
+    return pick("apply_rope", x.device.type)(x, cos, sin)
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """The gated delta rule over T tokens: [T, nv, dv] in v's dtype; `state` is updated in place.
+
+    q, k [T, nk, dk], raw: they are made unit vectors here (epsilon 1e-6 inside the root), q also divided by
+    sqrt(dk). v [T, nv, dv]; g float32 [T, nv], the log of the decay, <= 0; beta float32 [T, nv]; state
+    float32 [nv, dk, dv]. Value head h uses key head h // (nv / nk). Per token:
+    S = exp(g) S; S += k (beta (v - S^T k))^T; o = S^T q (Gated DeltaNet, arXiv 2412.06464).
+    """
+    return pick("delta_rule", v.device.type)(q, k, v, g, beta, state)
+
+
+def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+    """silu of the causal depthwise convolution of u [T, C]: [T, C]; `state` is updated in place.
+
+    weight [C, taps], the last tap on the current token; state [taps - 1, C], the raw rows before u.
+    """
+    return pick("conv", u.device.type)(u, weight, state)
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6, zero_centred: bool = True) -> Tensor:
+    """x / rms(x) * (1 + w) over the last dimension (times w alone if not zero_centred), in float32, one cast."""
+    return pick("rms_norm", x.device.type)(x, w, eps, zero_centred)
+
+
+def gated_rms_norm(o: Tensor, w: Tensor, z: Tensor, eps: float = 1e-6) -> Tensor:
+    """rms_norm of o [T, nv, dv] with the plain weight w [dv], then times silu(z), z as o."""
+    return pick("gated_rms_norm", o.device.type)(o, w, z, eps)

@@ -1,0 +1,73 @@
+"""Products with encoded matrices: linear, embedding, routed experts, router.
+
+Weights are decoded row block by row block, so that the float32 copy alive at a time stays small however
+large the matrix is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwenrun.kernels.ref.codec import decode
+from qwenrun.kernels.weight import Weight
+
+# Values decoded at a time: 8M float32 are 32 MiB, and as much again for the steps of decoding.
+DECODE_VALUES = 8 << 20
+# Up to this many tokens the experts of all of them are gathered and computed at once.
+GATHER_TOKENS = 2
+
+
+def linear(x: Tensor, w: Weight) -> Tensor:
+    """See `qwenrun.kernels.ops.linear`."""
+    if w.spec.codes == "f32":
+        return F.linear(x.float(), w.codes).to(x.dtype)
+    step = max(1, DECODE_VALUES // w.cols)
+    if w.rows <= step:
+        return F.linear(x.float(), decode(w)).to(x.dtype)
+    blocks = [w.row_range(r, min(r + step, w.rows)) for r in range(0, w.rows, step)]
+    return torch.cat([F.linear(x.float(), decode(block)) for block in blocks], dim=-1).to(x.dtype)
+
+
+def embedding(ids: Tensor, w: Weight) -> Tensor:
+    """See `qwenrun.kernels.ops.embedding`."""
+    parts = {name: t if name == "tensor_scale" else t[ids] for name, t in w.parts.items()}
+    return decode(Weight(w.spec, len(ids), w.cols, **parts))
+
+
+def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `qwenrun.kernels.ops.router`."""
+    probabilities = F.linear(x.float(), gate.float()).softmax(-1)
+    weight, index = probabilities.topk(k, dim=-1)
+    return index, weight / weight.sum(-1, keepdim=True)
+
+
+def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.experts`."""
+    tokens, k = index.shape
+    if tokens <= GATHER_TOKENS:
+        chosen = index.flatten()
+        hidden = _swiglu(
+            torch.einsum("ph,pih->pi", x.float().repeat_interleave(k, 0), decode(gate_up[chosen]))
+        )
+        out = torch.einsum("pi,phi->ph", hidden, decode(down[chosen]))
+        return (out.unflatten(0, (tokens, k)) * weight[..., None]).sum(1).to(x.dtype)
+    out = torch.zeros(tokens, down.rows, dtype=torch.float32, device=x.device)
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=1)
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            pairs = order[start : start + count]
+            rows = pairs // k
+            hidden = _swiglu(linear(x[rows].float(), gate_up[expert]))
+            out.index_add_(0, rows, linear(hidden, down[expert]) * weight.flatten()[pairs, None])
+            start += count
+    return out.to(x.dtype)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,231 @@
+"""Session: one sequence and everything said in it so far.
+
+Holds the tokens, the state they produced and a few checkpoints of it, so that a conversation pays for each
+token once. Yields events (see `events`); prints nothing, and knows no weight and no kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qwenrun.engine.events import Done, Event, Kind, Reason, Stats, Token
+from qwenrun.engine.sampler import Sampler, SamplingParams
+from qwenrun.engine.state import Saved, SequenceState
+from qwenrun.errors import UsageError
+from qwenrun.text.stream import ThinkSplitter
+from qwenrun.text.template import render
+from qwenrun.text.tokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from qwenrun.engine.engine import Engine
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A place in a session to come back to. Keys and values are not copied: they stay in the session's cache,
+    so a snapshot lasts until other tokens are fed in their place."""
+
+    tokens: tuple[int, ...]
+    saved: Saved
+
+    @property
+    def position(self) -> int:
+        return len(self.tokens)
+
+
+class Session:
+    """A sequence of at most `ctx` tokens. Not to be used from two threads at once.
+
+    `tokens` are those the state has consumed. A token that was just sampled is consumed when the next one is
+    asked for, so the last token of a finished generation is not among them.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._model = engine.model
+        self._chunk = engine.run.chunk
+        self._state = SequenceState(engine.config, engine.run, engine.model.device)
+        # Tokens whose keys and values are in the cache. Those from `position` on are left over from before a
+        # rollback and stay usable until they are overwritten.
+        self._ids: list[int] = []
+        self._interrupted = False
+
+    # -- what there is ---------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens the state has consumed."""
+        return self._ids[: self._state.position]
+
+    @property
+    def position(self) -> int:
+        """How many tokens the state has consumed."""
+        return min(self._state.position, len(self._ids))
+
+    @property
+    def ctx(self) -> int:
+        """How many tokens fit."""
+        return self._state.ctx
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values, DeltaNet states and checkpoints, all allocated when the session was made."""
+        return self._state.nbytes
+
+    # -- feeding ---------------------------------------------------------------------------------------------
+
+    def prefill(
+        self, ids: Sequence[int], all_logits: bool = False, progress: Progress | None = None
+    ) -> Tensor:
+        """Feed `ids` in chunks; return the logits f32 [V] after the last one, or [T, V] after each.
+
+        progress(done, total) is called after every chunk. Raises UsageError if `ids` is empty or does not fit;
+        the session is then as before.
+        """
+        if not ids:
+            raise UsageError("there is nothing to prefill: no token was given")
+        self._check_room(len(ids))
+        hidden = self._feed(ids, keep_all=all_logits, progress=progress)
+        return self._model.logits(hidden if all_logits else hidden[-1])
+
+    def step(self, token: int) -> Tensor:
+        """Feed one token; return the logits f32 [V] for the one after it."""
+        self._check_room(1)
+        return self._model.logits(self._feed([token])[-1])
+
+    def _check_room(self, count: int) -> None:
+        if self.position + count > self.ctx:
+            raise UsageError(
+                f"{self.position + count:,} tokens do not fit: the context of this session is {self.ctx:,} tokens",
+                f"open the model with a larger context, for example --ctx {_round_up(self.position + count)}",
+            )
+
+    def _feed(self, ids: Sequence[int], keep_all: bool = False, progress: Progress | None = None) -> Tensor:
+        """Feed `ids`; hidden states f32 [n, H] of the last chunk, or of all of them."""
+        self._settle()
+        kept = []
+        for start in range(0, len(ids), self._chunk):
+            part = list(ids[start : start + self._chunk])
+            hidden = self._forward(part)
+            kept = [*kept, hidden] if keep_all else [hidden]
+            if progress is not None:
+                progress(start + len(part), len(ids))
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+    def _forward(self, part: list[int]) -> Tensor:
+        """One chunk through the model. What is overwritten is forgotten first, so that an interruption (Ctrl-C
+        in the middle of a layer) leaves nothing that looks valid and is not."""
+        ids = self._state.tensor(part)
+        del self._ids[self._state.position :]
+        self._state.forget_after(self._state.position)
+        self._interrupted = True
+        hidden = self._model.forward(ids, self._state)
+        self._ids += part
+        self._interrupted = False
+        return hidden
+
+    def _settle(self) -> None:
+        """After an interruption: go back to a checkpoint and feed the tokens since again."""
+        if self._interrupted:
+            self._rewind(self.position)
+
+    # -- going back ------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the DeltaNet states here (constant size); memory of its own, beyond what was planned."""
+        self._settle()
+        return Snapshot(tuple(self.tokens), self._state.copy())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Back (or forward) to where `snapshot` was taken in this session.
+
+        Raises UsageError if other tokens were fed over its place, so that its keys and values are gone.
+        """
+        if tuple(self._ids[: snapshot.position]) != snapshot.tokens:
+            raise UsageError(
+                f"the snapshot at {snapshot.position:,} tokens is no longer valid: its tokens were overwritten"
+            )
+        self._state.restore(snapshot.saved)
+        self._interrupted = False
+
+    def checkpoint(self) -> None:
+        """Keep this place in one of the session's checkpoint slots (the one unused longest makes room)."""
+        self._settle()
+        self._state.checkpoint()
+
+    def rollback(self, k: int) -> None:
+        """Take the last k tokens back: restore the nearest checkpoint and feed the tokens between again.
+
+        Exact up to the rounding of another chunking. Raises UsageError unless 0 <= k <= position.
+        """
+        if not 0 <= k <= self.position:
+            raise UsageError(f"can't take back {k} tokens: the session holds {self.position:,}")
+        if k or self._interrupted:
+            self._rewind(self.position - k)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._ids.clear()
+        self._state.reset()
+        self._interrupted = False
+
+    def _rewind(self, target: int) -> None:
+        """Make `position` exactly `target`, which is among the tokens the cache holds."""
+        tokens = self._ids[:target]
+        start = self._restore_before(target)
+        if start < target:
+            self._feed(tokens[start:])
+
+    def _restore_before(self, target: int) -> int:
+        """Restore the furthest place not after `target`: where we are, a checkpoint, or the start."""
+        live = self._state.position
+        best = self._state.nearest(target)
+        if not self._interrupted and best <= live <= target:
+            return live
+        self._state.restore_nearest(target)
+        self._interrupted = False
+        return best
+
+    # -- generating ------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None = None,
+        max_tokens: int | None = None,
+        stop_ids: Collection[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Event]:
+        """Feed `ids` to where the session is, then sample: yields a Token for each, and one Done.
+
+        params: by default the model's own. max_tokens: by default until the context is full. stop_ids: tokens
+        that end the generation and are not part of it; by default every end token the checkpoint names.
+        Closing the iterator early leaves the session as if it had stopped there. Raises UsageError if `ids`
+        does not fit.
+        """
+        return self._run(ids, 0, params, max_tokens, stop_ids, progress, splitter=None)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        think: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        params: SamplingParams | None = None,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Event]:
+        """The model's answer to a conversation: yields Tokens, reasoning apart from answer, and one Done.
+
+        messages: mappings with `role` and `content`, as the chat template takes them. think: by default the
+        checkpoint's own choice. The tokens the session already holds of this conversation are not computed
+        again; `Done.stats.cached_tokens` counts them.
+        """
+        raise NotImplementedError

@@ -1,0 +1,65 @@
+"""Gated full attention: grouped-query attention with per-head norms, partial rotary, and a sigmoid output gate.
+
+Knows neither tensor names nor how keys and values are stored: a `KVLayer` keeps them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwenrun.kernels.ops import bind
+from qwenrun.model.config import ModelConfig
+from qwenrun.model.linear import Linear
+
+
+class KVLayer(Protocol):
+    """Keys and values of one sequence in one attention layer."""
+
+    def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [T, Hkv, D] at rows start..start+T-1; return all keys and values [start+T, Hkv, D]."""
+        ...
+
+
+class Attention:
+    """One attention layer's mixer.
+
+    q_proj has 2*Hq*D rows: for each head D rows of the query, then D rows of the gate. The cached keys are
+    those after norm and rotary. Formulas as in transformers 5.23's `Qwen3_5MoeAttention`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        q_proj: Linear,
+        k_proj: Linear,
+        v_proj: Linear,
+        o_proj: Linear,
+        q_norm: Tensor,
+        k_norm: Tensor,
+    ) -> None:
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
+        self.scale = config.head_dim**-0.5
+        device = q_norm.device.type
+        self._rms_norm = bind("rms_norm", device)
+        self._apply_rope = bind("apply_rope", device)
+        self._attention = bind("attention", device)
+
+    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVLayer, start: int) -> Tensor:
+        """x f32 [T, H] at cache rows start..start+T-1, rotary (cos, sin) [T, rotary_dim/2] -> [T, H]."""
+        tokens = x.shape[0]
+        cos, sin = rotary
+        q, gate = self.q_proj(x).view(tokens, self.num_heads, 2, self.head_dim).unbind(2)
+        k = self.k_proj(x).view(tokens, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(tokens, self.num_kv_heads, self.head_dim)
+        q = self._apply_rope(self._rms_norm(q, self.q_norm, self.eps), cos, sin)
+        k = self._apply_rope(self._rms_norm(k, self.k_norm, self.eps), cos, sin)
+        keys, values = cache.write(start, k, v)
+        mixed = self._attention(q, keys, values, self.scale) * torch.sigmoid(gate)
+        return self.o_proj(mixed.view(tokens, -1))
