@@ -272,18 +272,20 @@ def model_card(report: dict[str, Any]) -> str:
     text = f"""\
     # qwenrun demo model
 
-    A toy: {report["parameters"]:,} parameters with the architecture of Qwen3.5-122B-A10B in miniature (Gated DeltaNet
-    and full attention 3:1, mixture of experts with a shared expert, MTP head; no vision tower). It answers short
-    questions about qwenrun, so that every command can be tried in seconds. It is not made from any weights of Qwen,
-    knows nothing else, and must not be relied on. Text is English; answers are greedy and without thinking by default.
+    A toy: {report["parameters"]:,} parameters with the architecture of Qwen3.5-122B-A10B in miniature
+    (Gated DeltaNet and full attention 3:1, mixture of experts with a shared expert, MTP head; no vision tower).
+    It answers short questions about qwenrun, so that every command can be tried in seconds. It is not made from
+    any weights of Qwen, knows nothing else, and must not be relied on. English only; greedy and without thinking
+    by default.
 
     - weights: {report["bytes"]:,} bytes, BF16 (`A_log` and the GDN norm in float32), hub tensor names
-    - trained from scratch with `{report["command"]}` on {report["machine"]}, {report["date"]}: {report["tokens_seen"]:,}
-      tokens in {report["seconds"] / 60:.0f} minutes ({report["tokens_per_second"]:,.0f} tokens/s)
+    - trained from scratch with `{report["command"]}` on {report["machine"]}, {report["date"]}:
+      {report["tokens_seen"]:,} tokens in {report["seconds"] / 60:.0f} minutes
+      ({report["tokens_per_second"]:,.0f} tokens/s)
     - data: `qwenrun/demo/data/`, written for this project; licence Apache-2.0 like the program
 
-    Measured with the BF16 weights in float32 arithmetic. Exact: every token of the greedy answer is right. Draft: the
-    MTP head's likeliest token equals the token after the next one.
+    Measured with the BF16 weights in float32 arithmetic. Exact: every token of the greedy answer is right.
+    Draft: the MTP head's likeliest token equals the token after the next one.
 
     | questions | n | exact answers | tokens right | drafts right |
     |---|---|---|---|---|
