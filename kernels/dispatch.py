@@ -80,9 +80,7 @@ def explain(ops: tuple[str, ...], device: str = "cpu", spec: BlockSpec | None = 
     rows = []
     for op in ops:
         refused = {name: refusal(name, op, device, spec) for name in backends()}
-        chosen = next(
-            (n for n in backends() if getattr(backends()[n], op, None) is pick(op, device, spec)), ""
-        )
+        chosen = next((n for n in backends() if getattr(backends()[n], op, None) is pick(op, device, spec)), "")
         passed = "; ".join(f"{name} {why}" for name, why in refused.items() if why)
         rows.append({"op": op, "backend": chosen, "refused": passed})
     return rows

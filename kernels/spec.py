@@ -66,9 +66,7 @@ class BlockSpec:
         if self.codes not in CODE_BITS:
             raise ValueError(f"unknown codes {self.codes!r}; known: {', '.join(CODE_BITS)}")
         if self.scale not in SCALE_BYTES:
-            raise ValueError(
-                f"unknown scale type {self.scale!r}; known: {', '.join(s for s in SCALE_BYTES if s)}"
-            )
+            raise ValueError(f"unknown scale type {self.scale!r}; known: {', '.join(s for s in SCALE_BYTES if s)}")
         if self.plain != (self.block == 0) or self.plain != (self.scale == ""):
             raise ValueError(f"{self.codes} with block {self.block} and scale {self.scale!r} is not a format")
         if self.block < 0 or self.block % 2:

@@ -57,10 +57,7 @@ class Weight:
             raise ValueError(f"{spec.codes} needs parts {sorted(expected)}, got {sorted(parts)}")
         for name, part in expected.items():
             tensor = parts[name]
-            if (
-                tensor.dtype != TORCH_DTYPES[part.dtype]
-                or tuple(tensor.shape[-len(part.shape) :]) != part.shape
-            ):
+            if tensor.dtype != TORCH_DTYPES[part.dtype] or tuple(tensor.shape[-len(part.shape) :]) != part.shape:
                 raise ValueError(
                     f"{name}: {tensor.dtype} {list(tensor.shape)} where {part.dtype} {list(part.shape)} is needed"
                 )
@@ -97,9 +94,7 @@ class Weight:
         """Rows start..stop of every matrix, as views; the tensor scales become one a row if they differ."""
         tensor_scale = self.tensor_scale
         if tensor_scale is not None and tensor_scale.shape[-1] > 1:
-            owner = (
-                torch.arange(start, stop, device=tensor_scale.device) * tensor_scale.shape[-1] // self.rows
-            )
+            owner = torch.arange(start, stop, device=tensor_scale.device) * tensor_scale.shape[-1] // self.rows
             tensor_scale = tensor_scale[..., owner]
         parts = {n: t[..., start:stop, :] for n, t in self.parts.items() if n != "tensor_scale"}
         return Weight(self.spec, stop - start, self.cols, tensor_scale=tensor_scale, **parts)

@@ -126,9 +126,7 @@ class Recipe:
         made = []
         for number, rule in enumerate(rules, 1):
             good = isinstance(rule, dict) and set(rule) == {"match", "format"}
-            matches = (
-                [rule["match"]] if good and isinstance(rule["match"], str) else rule["match"] if good else []
-            )
+            matches = [rule["match"]] if good and isinstance(rule["match"], str) else rule["match"] if good else []
             if not (good and isinstance(rule["format"], str) and isinstance(matches, list) and matches):
                 raise RecipeError(f"{where}: rule {number} needs `match` (a glob or several) and `format`")
             if rule["format"] != KEEP:
@@ -169,7 +167,9 @@ class Recipe:
         note = ""
         if not form.spec.fits(info.shape[-1]):
             fallback = next(f for f in formats.fallbacks(form) if f.spec.fits(info.shape[-1]))
-            note = f"rows of {info.shape[-1]} do not divide by {form.spec.block}: {fallback.name} instead of {form.name}"
+            note = (
+                f"rows of {info.shape[-1]} do not divide by {form.spec.block}: {fallback.name} instead of {form.name}"
+            )
             form = fallback
         if form.spec.plain and form.spec.codes == info.dtype.lower():
             return Assignment(KEEP, None, note)

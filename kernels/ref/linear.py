@@ -48,9 +48,7 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Ten
     tokens, k = index.shape
     if tokens <= GATHER_TOKENS:
         chosen = index.flatten()
-        hidden = _swiglu(
-            torch.einsum("ph,pih->pi", x.float().repeat_interleave(k, 0), decode(gate_up[chosen]))
-        )
+        hidden = _swiglu(torch.einsum("ph,pih->pi", x.float().repeat_interleave(k, 0), decode(gate_up[chosen])))
         out = torch.einsum("pi,phi->ph", hidden, decode(down[chosen]))
         return (out.unflatten(0, (tokens, k)) * weight[..., None]).sum(1).to(x.dtype)
     out = torch.zeros(tokens, down.rows, dtype=torch.float32, device=x.device)

@@ -42,18 +42,14 @@ class Checkpoint:
     Close it, or use it as a context manager.
     """
 
-    def __init__(
-        self, folder: Path, config: dict[str, Any], places: dict[str, _Place], shards: list[str]
-    ) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], places: dict[str, _Place], shards: list[str]) -> None:
         self.folder = folder
         self.config = config
         self.shards = shards
         self._places = places
         self._descriptors: dict[str, int] = {}
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._split: dict[
-            str, int
-        ] = {}  # canonical names stored as one tensor per expert -> how many experts
+        self._split: dict[str, int] = {}  # canonical names stored as one tensor per expert -> how many experts
         self._collect()
 
     @classmethod
@@ -73,17 +69,13 @@ class Checkpoint:
         elif (folder / SINGLE).is_file():
             weight_map = None
         else:
-            raise CheckpointError(
-                f"{folder} has neither {INDEX} nor {SINGLE}", hint="download the model again"
-            )
+            raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}", hint="download the model again")
         shards = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
         places: dict[str, _Place] = {}
         for shard in shards:
             for name, entry in read_header(_contained(folder, shard)).items():
                 if weight_map is not None and weight_map.get(name) != shard:
-                    raise CheckpointError(
-                        f"{folder / shard} holds {name}, which {INDEX} does not place there"
-                    )
+                    raise CheckpointError(f"{folder / shard} holds {name}, which {INDEX} does not place there")
                 places[name] = _Place(shard, entry)
         for name, shard in (weight_map or {}).items():
             if name not in places:

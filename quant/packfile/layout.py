@@ -185,18 +185,11 @@ def parse_manifest(data: object, where: str) -> Manifest:
             f"{name!r} is no name for a file of a pack",
         )
         size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        good = (
-            type(size) is int
-            and size >= 0
-            and isinstance(digest, str)
-            and re.fullmatch("[0-9a-f]{64}", digest)
-        )
+        good = type(size) is int and size >= 0 and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
         need(bool(good), f"{name}: no size and sha256")
         files[name] = (size, digest)
     tensors = {name: _entry(name, entry, need) for name, entry in data["tensors"].items()}
-    return Manifest(
-        data["config"], data["recipe"], data["source"], data["tool"], tuple(notes), tensors, files
-    )
+    return Manifest(data["config"], data["recipe"], data["source"], data["tool"], tuple(notes), tensors, files)
 
 
 def _entry(name: str, entry: Any, need: Any) -> TensorEntry:
@@ -207,9 +200,7 @@ def _entry(name: str, entry: Any, need: Any) -> TensorEntry:
     need(prod(shape) < 1 << 48, f"tensor {name}: shape {shape!r} is too large")
     need(dtype in ("BF16", "F16", "F32"), f"tensor {name}: dtype {dtype!r}")
     part, form, note = entry.get("part"), entry.get("format"), entry.get("note", "")
-    need(
-        all(isinstance(x, str) for x in (part, form, note)), f"tensor {name}: part, format or note is no text"
-    )
+    need(all(isinstance(x, str) for x in (part, form, note)), f"tensor {name}: part, format or note is no text")
     info = TensorInfo(name, tuple(shape), dtype, part)
     need(
         not info.is_experts or (len(shape) == 3 and name.endswith(KINDS)),

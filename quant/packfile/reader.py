@@ -24,7 +24,6 @@ from qwenrun.quant.packfile.layout import (
     MAX_JSON_BYTES,
     ExpertLayout,
     Manifest,
-    TensorEntry,
     expert_file,
     expert_layout,
     parse_manifest,
@@ -50,9 +49,7 @@ def read_manifest(path: Path) -> Manifest:
     """The checked manifest of the pack at `path`; opens no weights. Raises PackError."""
     file = path / MANIFEST
     if not file.is_file():
-        raise PackError(
-            f"{path} is not a pack: it has no {MANIFEST}", hint="qwenrun quantize SRC -o PACK makes one"
-        )
+        raise PackError(f"{path} is not a pack: it has no {MANIFEST}", hint="qwenrun quantize SRC -o PACK makes one")
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise PackError(f"{file}: {file.stat().st_size:,} bytes is too large for a manifest")
@@ -86,9 +83,7 @@ class PackReader:
             if not file.is_file() or file.is_symlink():
                 raise PackError(f"{file} is missing", hint=_HINT)
             if file.stat().st_size != size:
-                raise PackError(
-                    f"{file} has {file.stat().st_size:,} bytes where {size:,} are due", hint=_HINT
-                )
+                raise PackError(f"{file} has {file.stat().st_size:,} bytes where {size:,} are due", hint=_HINT)
 
     def _need_file(self, name: str) -> Path:
         if name not in self.manifest.files:
@@ -113,9 +108,7 @@ class PackReader:
         found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         if found != expected:
             names = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
-            raise PackError(
-                f"{self.path / DENSE} does not hold what {MANIFEST} says: {', '.join(names[:3])}", _HINT
-            )
+            raise PackError(f"{self.path / DENSE} does not hold what {MANIFEST} says: {', '.join(names[:3])}", _HINT)
         return entries
 
     def _check_experts(self) -> dict[str, tuple[ExpertLayout, int]]:
@@ -143,9 +136,7 @@ class PackReader:
         if name not in self._maps:
             with (self.path / name).open("rb") as file:
                 # A private mapping: torch wants writable memory, and nothing here ever writes to it.
-                mapped = mmap.mmap(
-                    file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
+                mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             self._maps[name] = (mapped, torch.frombuffer(mapped, dtype=torch.uint8))
         return self._maps[name][1]
 
@@ -168,9 +159,7 @@ class PackReader:
             return Weight.plain(self._stored(name))
         rows, cols = entry.info.shape
         parts = entry.spec.parts(rows, cols, entry.info.tensor_scales)
-        return Weight.from_parts(
-            entry.spec, rows, cols, {p.name: self._stored(f"{name}.{p.name}") for p in parts}
-        )
+        return Weight.from_parts(entry.spec, rows, cols, {p.name: self._stored(f"{name}.{p.name}") for p in parts})
 
     def experts(self, prefix: str) -> ExpertBlock:
         """The routed experts of a layer; `prefix` is such as `model.language_model.layers.3.mlp.experts`."""
@@ -195,9 +184,7 @@ class PackReader:
             if not entry.info.is_experts:
                 prefix = "" if entry.assignment.spec is None else "."
                 size = sum(
-                    e.nbytes
-                    for n, e in self._dense.items()
-                    if n == name or (prefix and n.rpartition(".")[0] == name)
+                    e.nbytes for n, e in self._dense.items() if n == name or (prefix and n.rpartition(".")[0] == name)
                 )
                 out[entry.info.part] = out.get(entry.info.part, 0) + size
         for prefix, (layout, count) in self._layouts.items():
@@ -216,9 +203,7 @@ class PackReader:
         self.close()
 
 
-def _strided(
-    data: Tensor, dtype: str, shape: tuple[int, ...], offset: int, record: int, count: int
-) -> Tensor:
+def _strided(data: Tensor, dtype: str, shape: tuple[int, ...], offset: int, record: int, count: int) -> Tensor:
     """[count, *shape] over records: element 0 of record i lies at i * record + offset."""
     typed = data.view(TORCH_DTYPES[dtype])
     width = typed.element_size()
@@ -230,16 +215,10 @@ def verify(path: Path, progress: Callable[[int], None] | None = None) -> Manifes
     """Hash every file of a pack again and check all sizes. Raises PackError naming every file that differs."""
     with PackReader.open(path) as pack:
         manifest = pack.manifest
-    damaged = [
-        name for name, (_, digest) in manifest.files.items() if file_sha256(path / name, progress) != digest
-    ]
+    damaged = [name for name, (_, digest) in manifest.files.items() if file_sha256(path / name, progress) != digest]
     extra = sorted(set(os.listdir(path)) - set(manifest.files) - {MANIFEST})
     if damaged:
-        raise PackError(
-            f"{path}: {', '.join(damaged)} does not match its sha256", hint="make or copy the pack again"
-        )
+        raise PackError(f"{path}: {', '.join(damaged)} does not match its sha256", hint="make or copy the pack again")
     if extra:
-        raise PackError(
-            f"{path}: {', '.join(extra)} does not belong to the pack", hint=f"remove it from {path}"
-        )
+        raise PackError(f"{path}: {', '.join(extra)} does not belong to the pack", hint=f"remove it from {path}")
     return manifest

@@ -87,34 +87,22 @@ def parse_header(text: bytes, file_size: int, where: str) -> dict[str, Entry]:
         if not isinstance(entry, dict):
             raise fail(f"{name}: not described")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        width = (
-            DTYPES[dtype][1]
-            if dtype in DTYPES
-            else _OTHER_SIZES.get(dtype)
-            if isinstance(dtype, str)
-            else None
-        )
+        width = DTYPES[dtype][1] if dtype in DTYPES else _OTHER_SIZES.get(dtype) if isinstance(dtype, str) else None
         if width is None:
             raise fail(f"{name}: unknown dtype {dtype!r}")
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
             raise fail(f"{name}: shape {shape!r}")
         good = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
         if not good or not 0 <= offsets[0] <= offsets[1] <= file_size - base:
-            raise fail(
-                f"{name}: data at {offsets!r} in {max(0, file_size - base):,} bytes of data (truncated?)"
-            )
+            raise fail(f"{name}: data at {offsets!r} in {max(0, file_size - base):,} bytes of data (truncated?)")
         if len(shape) > 16 or prod(shape) * width != offsets[1] - offsets[0]:
             raise fail(f"{name}: {offsets[1] - offsets[0]:,} bytes for {dtype} {shape}")
-        found.append(
-            (offsets[0], offsets[1], name, Entry(dtype, tuple(shape), base + offsets[0], prod(shape) * width))
-        )
+        found.append((offsets[0], offsets[1], name, Entry(dtype, tuple(shape), base + offsets[0], prod(shape) * width)))
     found.sort(key=lambda item: item[:2])
     end = 0
     for start, stop, name, _ in found:
         if start != end:
-            raise fail(
-                f"{name} begins at byte {start:,} of the data, where byte {end:,} is due (overlap or gap)"
-            )
+            raise fail(f"{name} begins at byte {start:,} of the data, where byte {end:,} is due (overlap or gap)")
         end = stop
     if base + end != file_size:
         raise fail(
@@ -153,9 +141,7 @@ def read_tensor(descriptor: int, entry: Entry, start: int = 0, stop: int | None 
     while done < size:
         count = os.preadv(descriptor, [view[done:]], at + done)
         if count == 0:
-            raise CheckpointError(
-                f"the file ended {size - done:,} bytes early: it changed while it was read", _REPAIR
-            )
+            raise CheckpointError(f"the file ended {size - done:,} bytes early: it changed while it was read", _REPAIR)
         done += count
     if not size:
         return torch.empty(shape, dtype=dtype)

@@ -50,7 +50,6 @@ class Session:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._model = engine.model
         self._chunk = engine.run.chunk
         self._state = SequenceState(engine.config, engine.run, engine.model.device)
         # Tokens whose keys and values are in the cache. Those from `position` on are left over from before a
@@ -94,22 +93,21 @@ class Session:
             raise UsageError("there is nothing to prefill: no token was given")
         self._check_room(len(ids))
         hidden = self._feed(ids, keep_all=all_logits, progress=progress)
-        return self._model.logits(hidden if all_logits else hidden[-1])
+        return self._engine.model.logits(hidden if all_logits else hidden[-1])
 
     def step(self, token: int) -> Tensor:
         """Feed one token; return the logits f32 [V] for the one after it."""
         self._check_room(1)
-        return self._model.logits(self._feed([token])[-1])
+        return self._engine.model.logits(self._feed([token])[-1])
 
     def _check_room(self, count: int) -> None:
         if self.position + count > self.ctx:
-            raise UsageError(
-                f"{self.position + count:,} tokens do not fit: the context of this session is {self.ctx:,} tokens",
-                f"open the model with a larger context, for example --ctx {_round_up(self.position + count)}",
-            )
+            raise _too_long(self.position + count, self.ctx)
 
     def _feed(self, ids: Sequence[int], keep_all: bool = False, progress: Progress | None = None) -> Tensor:
         """Feed `ids`; hidden states f32 [n, H] of the last chunk, or of all of them."""
+        if min(ids) < 0 or max(ids) >= self._engine.config.vocab_size:
+            raise UsageError(f"token ids go from 0 to {self._engine.config.vocab_size - 1}")
         self._settle()
         kept = []
         for start in range(0, len(ids), self._chunk):
@@ -123,11 +121,11 @@ class Session:
     def _forward(self, part: list[int]) -> Tensor:
         """One chunk through the model. What is overwritten is forgotten first, so that an interruption (Ctrl-C
         in the middle of a layer) leaves nothing that looks valid and is not."""
-        ids = self._state.tensor(part)
+        ids = torch.tensor(part, dtype=torch.long, device=self._state.device)
         del self._ids[self._state.position :]
         self._state.forget_after(self._state.position)
         self._interrupted = True
-        hidden = self._model.forward(ids, self._state)
+        hidden = self._engine.model.forward(ids, self._state)
         self._ids += part
         self._interrupted = False
         return hidden
@@ -153,6 +151,7 @@ class Session:
             raise UsageError(
                 f"the snapshot at {snapshot.position:,} tokens is no longer valid: its tokens were overwritten"
             )
+        self._interrupted = True
         self._state.restore(snapshot.saved)
         self._interrupted = False
 
@@ -173,6 +172,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything."""
+        self._interrupted = True
         self._ids.clear()
         self._state.reset()
         self._interrupted = False
@@ -190,6 +190,7 @@ class Session:
         best = self._state.nearest(target)
         if not self._interrupted and best <= live <= target:
             return live
+        self._interrupted = True
         self._state.restore_nearest(target)
         self._interrupted = False
         return best
@@ -211,7 +212,20 @@ class Session:
         Closing the iterator early leaves the session as if it had stopped there. Raises UsageError if `ids`
         does not fit.
         """
-        return self._run(ids, 0, params, max_tokens, stop_ids, progress, splitter=None)
+        if not ids:
+            raise UsageError("there is nothing to continue: no token was given")
+        self._check_room(len(ids))
+        engine = self._engine
+        return self._run(
+            list(ids),
+            resume=False,
+            branch=None,
+            params=engine.defaults() if params is None else params,
+            max_tokens=_checked(max_tokens),
+            stop_ids=engine.eos_ids if stop_ids is None else frozenset(stop_ids),
+            progress=progress,
+            splitter=None,
+        )
 
     def chat(
         self,
@@ -228,4 +242,151 @@ class Session:
         checkpoint's own choice. The tokens the session already holds of this conversation are not computed
         again; `Done.stats.cached_tokens` counts them.
         """
-        raise NotImplementedError
+        engine = self._engine
+        think = engine.thinking_default if think is None else think
+        tokenizer = engine.tokenizer
+
+        def encode(add_generation_prompt: bool) -> list[int]:
+            parts = render(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=think,
+                thinking_default=engine.thinking_default,
+            )
+            return tokenizer.encode_parts(parts)
+
+        history, prompt = encode(False), encode(True)
+        # Later turns keep this history but not the generation prompt (nor the reasoning that follows it): the
+        # end of the history is where the next turn will branch off.
+        branch = len(history) if prompt[: len(history)] == history else None
+        if len(prompt) > self.ctx:
+            raise _too_long(len(prompt), self.ctx)
+        return self._run(
+            prompt,
+            resume=True,
+            branch=branch,
+            params=engine.defaults(think) if params is None else params,
+            max_tokens=_checked(max_tokens),
+            stop_ids=engine.eos_ids,
+            progress=progress,
+            splitter=ThinkSplitter(think),
+        )
+
+    def _run(
+        self,
+        prompt: list[int],
+        *,
+        resume: bool,
+        branch: int | None,
+        params: SamplingParams,
+        max_tokens: int | None,
+        stop_ids: frozenset[int],
+        progress: Progress | None,
+        splitter: ThinkSplitter | None,
+    ) -> Iterator[Event]:
+        """resume: `prompt` is the whole sequence, of which the session may hold a beginning; otherwise it is
+        appended. branch: where in `prompt` to keep a checkpoint."""
+        clock = time.perf_counter
+        text = _Text(self._engine, splitter)
+        begun = clock()
+        cached = self._reuse(prompt) if resume else 0
+        sampler = Sampler(params, self._engine.vocab_size, [*self.tokens, *prompt[cached:]])
+        logits = self._prefill_prompt(prompt[cached:], None if branch is None else branch - cached, progress)
+        prefill_seconds = clock() - begun
+
+        ids: list[int] = []
+        reason: Reason = "length"
+        steps, decode_seconds = 0, 0.0
+        while max_tokens is None or len(ids) < max_tokens:
+            begun = clock()
+            if ids:
+                if self.position >= self.ctx:
+                    reason = "context"
+                    break
+                logits = self.step(ids[-1])
+                steps += 1
+            token = sampler(logits)
+            if token in stop_ids:
+                reason = "stop"
+                decode_seconds += clock() - begun
+                break
+            ids.append(token)
+            events = text.push(token)
+            decode_seconds += clock() - begun
+            yield from events
+        yield from text.flush(ids[-1] if ids else 0)
+        stats = Stats(len(prompt), cached, len(ids), steps, prefill_seconds, decode_seconds)
+        yield Done(reason, text.of("answer"), text.of("reasoning"), tuple(ids), stats)
+
+    def _reuse(self, prompt: list[int]) -> int:
+        """Go to the furthest place from which `prompt` continues; returns it. Its last token is always left to
+        compute, for the logits after it."""
+        common = 0
+        for held, wanted in zip(self._ids, prompt[:-1]):
+            if held != wanted:
+                break
+            common += 1
+        return self._restore_before(common)
+
+    def _prefill_prompt(self, rest: list[int], branch: int | None, progress: Progress | None) -> Tensor:
+        """Feed `rest`, with a checkpoint after `branch` of its tokens (if that is a place in it)."""
+        if branch is None or not 0 <= branch < len(rest):
+            return self.prefill(rest, progress=progress)
+
+        def shifted(done: int, _: int) -> None:
+            if progress is not None:
+                progress(branch + done, len(rest))
+
+        if branch:
+            self._feed(rest[:branch], progress=None if progress is None else lambda n, _: progress(n, len(rest)))
+        self.checkpoint()
+        return self.prefill(rest[branch:], progress=shifted)
+
+
+class _Text:
+    """Token ids to events: whole characters only, reasoning apart from answer. Without a tokenizer, no text."""
+
+    def __init__(self, engine: Engine, splitter: ThinkSplitter | None) -> None:
+        self._detokenizer = Detokenizer(engine.tokenizer) if engine.has_tokenizer else None
+        self._splitter = splitter
+        self._kind: Kind = "answer" if splitter is None else splitter.kind
+        self._texts: dict[Kind, list[str]] = {"answer": [], "reasoning": []}
+
+    def push(self, token: int) -> list[Token]:
+        """The events of one token, at least one."""
+        text = self._detokenizer.push(token) if self._detokenizer else ""
+        pieces = self._splitter.push(text) if self._splitter else [(self._kind, text)]
+        return self._events(token, pieces) or [Token(token, "", self._kind)]
+
+    def flush(self, token: int) -> list[Token]:
+        """What was held back, given out with the last token's id."""
+        text = self._detokenizer.flush() if self._detokenizer else ""
+        pieces = [*self._splitter.push(text), *self._splitter.flush()] if self._splitter else [(self._kind, text)]
+        return self._events(token, pieces)
+
+    def _events(self, token: int, pieces: list[tuple[Kind, str]]) -> list[Token]:
+        events = []
+        for kind, text in pieces:
+            self._kind = kind
+            if text:
+                self._texts[kind].append(text)
+                events.append(Token(token, text, kind))
+        return events
+
+    def of(self, kind: Kind) -> str:
+        return "".join(self._texts[kind])
+
+
+def _checked(max_tokens: int | None) -> int | None:
+    if max_tokens is not None and max_tokens < 0:
+        raise UsageError(f"max_tokens can't be negative: {max_tokens}")
+    return max_tokens
+
+
+def _too_long(tokens: int, ctx: int) -> UsageError:
+    larger = -(-tokens // 1024) * 1024
+    return UsageError(
+        f"{tokens:,} tokens do not fit in the context of {ctx:,} tokens",
+        f"open the model with a larger context (--ctx {larger}) or start over with a shorter text",
+    )

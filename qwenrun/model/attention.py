@@ -62,4 +62,4 @@ class Attention:
         k = self._apply_rope(self._rms_norm(k, self.k_norm, self.eps), cos, sin)
         keys, values = cache.write(start, k, v)
         mixed = self._attention(q, keys, values, self.scale) * torch.sigmoid(gate)
-        return self.o_proj(mixed.view(tokens, -1))
+        return self.o_proj(mixed.reshape(tokens, -1))

@@ -146,9 +146,7 @@ class ModelConfig:
         head_dim = text.size("head_dim")
         heads, kv_heads = text.size("num_attention_heads"), text.size("num_key_value_heads")
         key_heads, value_heads = text.size("linear_num_key_heads"), text.size("linear_num_value_heads")
-        text.require(
-            heads % kv_heads == 0, "num_attention_heads", f"{heads} is no multiple of {kv_heads} KV heads"
-        )
+        text.require(heads % kv_heads == 0, "num_attention_heads", f"{heads} is no multiple of {kv_heads} KV heads")
         text.require(
             value_heads % key_heads == 0,
             "linear_num_value_heads",
@@ -197,9 +195,7 @@ class ModelConfig:
         """The config of a Hugging Face folder. Raises ModelError if there is none, or it is not valid."""
         path = folder / "config.json"
         if not path.is_file():
-            raise ModelError(
-                f"{folder} has no config.json, so it is not a model folder", hint="ls " + str(folder)
-            )
+            raise ModelError(f"{folder} has no config.json, so it is not a model folder", hint="ls " + str(folder))
         return cls.from_hf(read_json(path), name=folder.resolve().name)
 
     @classmethod
@@ -275,9 +271,7 @@ class _Reader:
 
     def size(self, key: str, limit: int = _MAX_SIZE) -> int:
         value = self.need(key)
-        self.require(
-            type(value) is int and 0 < value <= limit, key, f"{value!r} is not a number in 1..{limit}"
-        )
+        self.require(type(value) is int and 0 < value <= limit, key, f"{value!r} is not a number in 1..{limit}")
         return value
 
     def number(self, key: str) -> float:
@@ -325,9 +319,7 @@ def _rope(text: _Reader, head_dim: int) -> RopeConfig:
     rope.require(good, "mrope_section", f"{section!r} is not three numbers")
     rope.require(sum(section) == rotary // 2, "mrope_section", f"{section} does not sum to {rotary // 2}")
     interleaved = rope.get("mrope_interleaved")
-    rope.require(
-        interleaved is True, "mrope_interleaved", f"{interleaved!r}: only the interleaved form is known"
-    )
+    rope.require(interleaved is True, "mrope_interleaved", f"{interleaved!r}: only the interleaved form is known")
     return RopeConfig(
         theta=rope.number("rope_theta"),
         rotary_dim=rotary,

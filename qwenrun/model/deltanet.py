@@ -83,4 +83,4 @@ class DeltaNet:
             beta,
             state.recurrent,
         )
-        return self.out_proj(self._gated_rms_norm(out, self.norm, z, self.eps).view(tokens, -1))
+        return self.out_proj(self._gated_rms_norm(out, self.norm, z, self.eps).reshape(tokens, -1))

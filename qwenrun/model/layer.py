@@ -47,4 +47,5 @@ class Rotary:
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions i64 [T], or [3, T] for (time, height, width) -> cos, sin f32 [T, rotary_dim / 2]."""
-        raise NotImplementedError
+        rope = self.rope
+        return self._rope_tables(positions, rope.theta, rope.rotary_dim, rope.mrope_section, rope.yarn)

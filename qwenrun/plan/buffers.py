@@ -145,9 +145,7 @@ def workspace(config: ModelConfig, run: Run) -> int:
     return 4 * numbers + DECODED_BYTES
 
 
-def list_buffers(
-    config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assignment]], run: Run
-) -> list[Buffer]:
+def list_buffers(config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assignment]], run: Run) -> list[Buffer]:
     """Every buffer of a run: weights as stored, `run.sequences` states, and the workspace."""
     state = [
         Buffer(f"sequence {n}: {b.name}", b.part, b.nbytes, b.shape, b.dtype)

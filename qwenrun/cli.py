@@ -1,0 +1,438 @@
+"""The command line: declares every command and option; each body imports its worker and makes one call.
+
+Cold: importing this imports typer and the standard library, so `--help` and `vram` answer at once. Knows how
+an error becomes words and an exit code, and nothing of how anything is done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwenrun import __version__
+from qwenrun.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_NO_FIT, EXIT_OK, EXIT_USAGE, exit_code
+from qwenrun.ui import console
+from qwenrun.ui.help import Command, Group
+
+EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
+
+
+class Kv(StrEnum):
+    bf16 = "bf16"
+    int8 = "int8"
+    f32 = "f32"
+
+
+app = typer.Typer(
+    cls=Group,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _recipes(incomplete: str) -> list[str]:
+    from qwenrun.quant.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def _zoo(incomplete: str) -> list[str]:
+    from qwenrun.model.config import zoo_names
+
+    return [name for name in zoo_names() if name.lower().startswith(incomplete.lower())]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.say(f"qwenrun {__version__}")
+        raise typer.Exit()
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="A pack or a Hugging Face folder; without it the embedded demo model.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes.")]
+Recipe = Annotated[
+    str,
+    typer.Option(
+        "--recipe", metavar="RECIPE", help="balanced, nvfp4, int4, bf16, or a TOML file.", autocompletion=_recipes
+    ),
+]
+KvOption = Annotated[Kv, typer.Option("--kv", help="How keys and values are stored.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Quantize Qwen3.5-122B-A10B and its family, and run them on one machine inside a memory budget.
+
+    Examples:
+        qwenrun vram --ctx 32k,256k
+        qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack
+        qwenrun chat -m 35b.pack
+        cat build.log | qwenrun chat -m 35b.pack -p "why did it fail?"
+    """
+    if context.invoked_subcommand is None:
+        console.say(context.get_help())
+
+
+@app.command(cls=Command)
+def quantize(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A Hugging Face folder: config.json and safetensors.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="PACK", help="The pack to make, a folder.")],
+    recipe: Recipe = "balanced",
+    force: Annotated[bool, typer.Option("--force", help="Replace PACK if it is there already.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a checkpoint into a pack, and print what it did to each kind of tensor.
+
+    Works piece by piece: memory does not grow with the model. The table of errors is the answer and goes to
+    stdout; --json has a row for every single tensor.
+
+    Examples:
+        qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack
+        qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack --recipe mine.toml --json > report.json
+    """
+    from qwenrun.quant.convert import convert
+    from qwenrun.ui.quantize import quantize
+
+    quantize(convert, source, out, recipe=recipe, force=force, as_json=json, quiet=quiet)
+
+
+@app.command(cls=Command)
+def chat(
+    model: Model = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("-p", "--prompt", metavar="TEXT", help="Ask this once; piped text goes before it."),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Reason before the answer.", show_default="as the model does"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", min=1, help="End the answer after N tokens.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", metavar="X", min=0, help="0 always takes the likeliest token.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", metavar="X", min=0, max=1, help="Keep the likeliest that sum to X; 1 keeps all."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="N", min=0, help="Keep the N likeliest; 0 keeps all.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option("--min-p", metavar="X", min=0, max=1, help="Keep those X times as likely as the likeliest."),
+    ] = None,
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option("--presence-penalty", metavar="X", help="Taken from the logit of every token used before."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", min=0, help="Same seed, same answer.")
+    ] = None,
+    ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="Tokens the conversation may have.")] = "4k",
+    kv: KvOption = Kv.bf16,
+    stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed after each answer.")] = False,
+    json: Json = False,
+) -> None:
+    """Talk with a model: at a prompt, or once with -p or piped text.
+
+    Sampling options that are not given are the checkpoint's own. Piped in or out, stdout is the answer and a
+    newline, nothing else; reasoning is shown on stderr, and only on a terminal. At the prompt /help lists the
+    commands, Ctrl-C stops an answer, Ctrl-D leaves.
+
+    Examples:
+        qwenrun chat -m 35b.pack
+        qwenrun chat -p "What is qwenrun?"
+        cat build.log | qwenrun chat -m 35b.pack -p "why did it fail?" > answer.txt
+    """
+    from qwenrun.ui.chat import ChatOptions, chat
+
+    sampling = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "presence_penalty": presence_penalty,
+        "seed": seed,
+    }
+    chat(
+        ChatOptions(
+            model=model,
+            prompt=prompt,
+            system=system,
+            think=think,
+            max_tokens=max_tokens,
+            sampling={name: value for name, value in sampling.items() if value is not None},
+            ctx=console.parse_tokens(ctx),
+            kv=kv.value,
+            stats=stats,
+            as_json=json,
+        )
+    )
+
+
+@app.command(cls=Command)
+def vram(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name, a Hugging Face folder or a pack.", autocompletion=_zoo)
+    ] = "Qwen3.5-122B-A10B",
+    ctx: Annotated[
+        str, typer.Option("--ctx", metavar="N[,N...]", help="Context lengths to compute.")
+    ] = "4k,32k,256k",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="balanced, nvfp4, int4, bf16, or a TOML file; a pack has its own.",
+            show_default="balanced",
+            autocompletion=_recipes,
+        ),
+    ] = None,
+    kv: KvOption = Kv.bf16,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="SIZE", help="Exit 4 if a context needs more than this.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Tell how much memory a model needs, part by part, before it is downloaded or loaded.
+
+    Needs no weights and no file when MODEL is a name. The engine allocates from the same list.
+
+    Examples:
+        qwenrun vram
+        qwenrun vram Qwen3.5-35B-A3B --ctx 8k,64k --kv int8 --recipe int4
+        qwenrun vram 35b.pack --ctx 32k --budget 24GiB
+    """
+    from qwenrun.ui.vram import vram
+
+    vram(model, ctx, recipe=recipe, kv=kv.value, budget=budget, as_json=json)
+
+
+@app.command(cls=Command)
+def bench(
+    model: Model = None,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens to prefill.")
+    ] = 256,
+    gen_tokens: Annotated[
+        int, typer.Option("--gen-tokens", metavar="N", min=1, help="Tokens to decode after them.")
+    ] = 32,
+    runs: Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Measured runs, after one to warm up.")] = 3,
+    ctx: Annotated[
+        str | None, typer.Option("--ctx", metavar="N", help="Context to allocate.", show_default="what is needed")
+    ] = None,
+    kv: KvOption = Kv.bf16,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure prefill and decode, beside what this machine's memory can deliver.
+
+    Decode reads every active weight once per token, so tokens per second times those bytes, set against the
+    measured read bandwidth, tells how far there is to go.
+
+    Examples:
+        qwenrun bench -m 35b.pack
+        qwenrun bench -m 35b.pack --prompt-tokens 2048 --gen-tokens 128 --runs 5 --json
+    """
+    from qwenrun.measure.bench import bench
+    from qwenrun.ui.reports import bench_report, measuring
+
+    with measuring(model, kv=kv.value, quiet=quiet, ctx=ctx, needed=prompt_tokens + gen_tokens) as (engine, progress):
+        bench_report(bench(engine, prompt_tokens, gen_tokens, runs, progress), as_json=json)
+
+
+@app.command(name="eval", cls=Command)
+def evaluate(
+    model: Model = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            "--pairs",
+            metavar="FILE",
+            help='Lines of {"question": ..., "answer": ...}; without it the demo\'s two sets.',
+            show_default=False,
+        ),
+    ] = None,
+    think: Annotated[bool, typer.Option("--think/--no-think", help="Reason before the answer.")] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="End an answer after N tokens.")
+    ] = 128,
+    ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="Context to allocate.")] = "1k",
+    kv: KvOption = Kv.bf16,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Count the questions a model answers exactly, word for word, with greedy decoding.
+
+    Examples:
+        qwenrun eval
+        qwenrun eval -m demo.pack --pairs questions.jsonl --json
+    """
+    from qwenrun.measure.quality import exact_answers, question_sets
+    from qwenrun.ui.reports import eval_report, measuring
+
+    sets = question_sets(pairs)
+    with measuring(model, kv=kv.value, quiet=quiet, ctx=ctx, label="eval", unit="questions") as (engine, progress):
+        figures = exact_answers(engine, sets, think=think, max_tokens=max_tokens, progress=progress)
+        eval_report(engine, figures, as_json=json)
+
+
+@app.command(cls=Command)
+def verify(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="A pack.")],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hash every file of a pack again and compare with what was written; remembers nothing.
+
+    Examples:
+        qwenrun verify 35b.pack
+    """
+    from qwenrun.ui.pack import verify
+
+    verify(pack, as_json=json, quiet=quiet)
+
+
+@app.command(cls=Command)
+def show(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="A pack.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: Json = False,
+) -> None:
+    """Print what is in a pack: model, recipe, formats, sizes, and what it was made from.
+
+    Examples:
+        qwenrun show 35b.pack
+        qwenrun show 35b.pack --tensors
+    """
+    from qwenrun.ui.pack import show
+
+    show(pack, tensors=tensors, as_json=json)
+
+
+@app.command(cls=Command)
+def doctor(json: Json = False) -> None:
+    """Tell what this machine has, and which kernels would serve on it.
+
+    Examples:
+        qwenrun doctor
+    """
+    from qwenrun.measure.machine import diagnose
+    from qwenrun.ui.reports import doctor_report
+
+    doctor_report(diagnose(), as_json=json)
+
+
+def cli_markdown() -> str:
+    """docs/cli.md, from the declarations above."""
+    from qwenrun.ui.cli_docs import cli_markdown
+
+    return cli_markdown(app)
+
+
+def main() -> int:
+    """Run the command line on sys.argv; the exit code. Every way out of the program leads through here."""
+    console.prepare_streams()
+    if any(name.endswith("_COMPLETE") and name.startswith("_QWENRUN") for name in os.environ):
+        app(prog_name="qwenrun")
+    try:
+        command: Any = typer.main.get_command(app)
+        with command.make_context("qwenrun", sys.argv[1:]) as context:
+            command.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return _hang_up()
+    except BaseException as error:
+        return _report(error)
+    return EXIT_OK
+
+
+def _hang_up() -> int:
+    """Nobody reads stdout any more (`... | head`): end in silence, and keep the exit's own flush from complaining."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    return EXIT_BROKEN_PIPE
+
+
+def _report(error: BaseException) -> int:
+    """Say what went wrong on stderr; the exit code."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_OK if error.code is None else EXIT_FAILURE
+    _flush_answer()
+    if os.environ.get("QWENRUN_DEBUG") and not isinstance(error, KeyboardInterrupt | typer.Abort):
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        console.note("\ninterrupted" if console.is_terminal(sys.stderr) else "interrupted")
+        return EXIT_INTERRUPTED
+    if hasattr(error, "format_message"):  # typer's own: an option or a command it could not understand
+        context = getattr(error, "ctx", None)
+        console.fail(_sentence(error.format_message()), f"{context.command_path if context else 'qwenrun'} --help")
+        return EXIT_USAGE
+    message, hint = getattr(error, "message", None), getattr(error, "hint", None)
+    if isinstance(message, str) and isinstance(hint, str):
+        console.fail(message, hint)
+        return exit_code(error)
+    if _is_out_of_memory(error):
+        console.fail("out of memory", "a shorter --ctx, --kv int8 or a smaller recipe; see: qwenrun vram MODEL --ctx N")
+        return EXIT_NO_FIT
+    if isinstance(error, OSError) and error.strerror:
+        console.fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+        return EXIT_FAILURE
+    console.fail(
+        f"internal: {type(error).__name__}: {error}",
+        "" if os.environ.get("QWENRUN_DEBUG") else "run it again with QWENRUN_DEBUG=1 to see where",
+    )
+    return EXIT_FAILURE
+
+
+def _flush_answer() -> None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _hang_up()
+
+
+def _sentence(text: str) -> str:
+    return text[:1].lower() + text[1:].strip().removesuffix(".")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, or torch's: it raises a RuntimeError whose text alone tells."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    )

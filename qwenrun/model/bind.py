@@ -1,0 +1,203 @@
+"""From Hugging Face names to a bound Model: the one place where a tensor's name becomes an attribute.
+
+A `WeightSource` (a pack, or a checkpoint folder) gives weights by name; `match` has checked before that every
+name the config asks for is there and that no other is. Knows no kernel, no format and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwenrun.kernels.ops import decode
+from qwenrun.kernels.weight import Weight
+from qwenrun.model.attention import Attention
+from qwenrun.model.config import ModelConfig
+from qwenrun.model.deltanet import DeltaNet
+from qwenrun.model.inventory import HUB_PREFIX, Match, match
+from qwenrun.model.layer import Layer
+from qwenrun.model.linear import Linear
+from qwenrun.model.moe import DenseMLP, MoE
+from qwenrun.model.mtp import MTP
+from qwenrun.model.qwen3_5 import Model
+from qwenrun.quant.packfile.checkpoint import Checkpoint
+from qwenrun.quant.packfile.reader import PackReader
+
+
+class WeightSource(Protocol):
+    """Where weights come from. Names are the hub's, routed experts in their fused form."""
+
+    @property
+    def where(self) -> str:
+        """What to call it in an error."""
+        ...
+
+    @property
+    def found(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """name -> (shape, dtype as safetensors spells it) of every tensor there is."""
+        ...
+
+    def weight(self, name: str) -> Weight:
+        """A matrix in the format it is stored in."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """A small tensor as float values."""
+        ...
+
+    def experts(self, prefix: str) -> tuple[Weight, Weight]:
+        """gate_up [E, 2I, H] and down [E, H, I] of the routed experts under `prefix`."""
+        ...
+
+
+def bind(
+    source: WeightSource, config: ModelConfig, device: str | torch.device = "cpu", mtp: bool = False
+) -> tuple[Model, Match]:
+    """Build the model of `config` from the weights of `source`.
+
+    mtp: also bind the multi-token-prediction module, if it is there. The vision tower's tensors are known and
+    left alone. Raises ModelError naming the tensors that are missing, not known or of another shape.
+    """
+    matched = match(config, source.found, source.where)
+    return _Binder(source, config, torch.device(device)).model(mtp), matched
+
+
+class _Binder:
+    def __init__(self, source: WeightSource, config: ModelConfig, device: torch.device) -> None:
+        self.source, self.config, self.device = source, config, device
+        self.trunk = HUB_PREFIX if f"{HUB_PREFIX}norm.weight" in source.found else "model."
+
+    def model(self, with_mtp: bool) -> Model:
+        embed = self.weight(f"{self.trunk}embed_tokens.weight")
+        return Model(
+            self.config,
+            embed,
+            [self.layer(f"{self.trunk}layers.{i}.", self.mixer(i)) for i in range(self.config.num_layers)],
+            self.vector(f"{self.trunk}norm.weight"),
+            Linear(embed) if self.config.tie_embeddings else self.linear("lm_head"),
+            self.mtp() if with_mtp and "mtp.fc.weight" in self.source.found else None,
+        )
+
+    def mixer(self, layer: int) -> Attention | DeltaNet:
+        name = f"{self.trunk}layers.{layer}."
+        return self.attention(name) if self.config.is_full(layer) else self.deltanet(name)
+
+    def layer(self, name: str, mixer: Attention | DeltaNet) -> Layer:
+        return Layer(
+            self.config,
+            self.vector(f"{name}input_layernorm.weight"),
+            mixer,
+            self.vector(f"{name}post_attention_layernorm.weight"),
+            self.moe(f"{name}mlp.") if self.config.is_moe else self.swiglu(f"{name}mlp."),
+        )
+
+    def attention(self, layer: str) -> Attention:
+        name = f"{layer}self_attn."
+        return Attention(
+            self.config,
+            q_proj=self.linear(f"{name}q_proj"),
+            k_proj=self.linear(f"{name}k_proj"),
+            v_proj=self.linear(f"{name}v_proj"),
+            o_proj=self.linear(f"{name}o_proj"),
+            q_norm=self.vector(f"{name}q_norm.weight"),
+            k_norm=self.vector(f"{name}k_norm.weight"),
+        )
+
+    def deltanet(self, layer: str) -> DeltaNet:
+        name = f"{layer}linear_attn."
+        return DeltaNet(
+            self.config,
+            in_proj_qkv=self.linear(f"{name}in_proj_qkv"),
+            in_proj_z=self.linear(f"{name}in_proj_z"),
+            in_proj_b=self.linear(f"{name}in_proj_b"),
+            in_proj_a=self.linear(f"{name}in_proj_a"),
+            out_proj=self.linear(f"{name}out_proj"),
+            conv_weight=self.vector(f"{name}conv1d.weight").squeeze(1),
+            A_log=self.vector(f"{name}A_log"),
+            dt_bias=self.vector(f"{name}dt_bias"),
+            norm=self.vector(f"{name}norm.weight"),
+        )
+
+    def moe(self, name: str) -> MoE:
+        gate_up, down = self.source.experts(f"{name}experts")
+        return MoE(
+            self.config.top_k,
+            router=self.source.tensor(f"{name}gate.weight").to(self.device),
+            gate_up=self.move(gate_up),
+            down=self.move(down),
+            shared=self.swiglu(f"{name}shared_expert."),
+            shared_gate=self.linear(f"{name}shared_expert_gate"),
+        )
+
+    def swiglu(self, name: str) -> DenseMLP:
+        return DenseMLP(
+            gate=self.linear(f"{name}gate_proj"),
+            up=self.linear(f"{name}up_proj"),
+            down=self.linear(f"{name}down_proj"),
+        )
+
+    def mtp(self) -> MTP:
+        return MTP(
+            self.config,
+            fc=self.linear("mtp.fc"),
+            norm_embedding=self.vector("mtp.pre_fc_norm_embedding.weight"),
+            norm_hidden=self.vector("mtp.pre_fc_norm_hidden.weight"),
+            layer=self.layer("mtp.layers.0.", self.attention("mtp.layers.0.")),
+            norm=self.vector("mtp.norm.weight"),
+        )
+
+    def linear(self, name: str) -> Linear:
+        return Linear(self.weight(f"{name}.weight"))
+
+    def weight(self, name: str) -> Weight:
+        return self.move(self.source.weight(name))
+
+    def move(self, weight: Weight) -> Weight:
+        parts: dict[str, Tensor] = {name: t.to(self.device) for name, t in weight.parts.items()}
+        return Weight(weight.spec, weight.rows, weight.cols, **parts)
+
+    def vector(self, name: str) -> Tensor:
+        """Norms, biases, convolutions: so small that they are kept in float32 whatever they are stored in."""
+        return self.source.tensor(name).to(self.device, torch.float32)
+
+
+class PackSource:
+    """A pack: weights are views of its mapped files."""
+
+    def __init__(self, pack: PackReader) -> None:
+        self._pack = pack
+        self.where = str(pack.path)
+        self.found = {name: (entry.info.shape, entry.info.dtype) for name, entry in pack.tensors.items()}
+
+    def weight(self, name: str) -> Weight:
+        return self._pack.weight(name)
+
+    def tensor(self, name: str) -> Tensor:
+        # A recipe of one's own may encode a tensor that is not a layer's matrix here: the router.
+        encoded = self._pack.tensors[name].assignment.spec is not None
+        return decode(self._pack.weight(name)) if encoded else self._pack.tensor(name)
+
+    def experts(self, prefix: str) -> tuple[Weight, Weight]:
+        block = self._pack.experts(prefix)
+        return block.gate_up, block.down
+
+
+class CheckpointSource:
+    """A Hugging Face folder: weights are read into memory as they are stored, tensor by tensor."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.where = str(checkpoint.folder)
+        self.found = checkpoint.tensors
+
+    def weight(self, name: str) -> Weight:
+        return Weight.plain(self._checkpoint.read(name))
+
+    def tensor(self, name: str) -> Tensor:
+        return self._checkpoint.read(name)
+
+    def experts(self, prefix: str) -> tuple[Weight, Weight]:
+        return self.weight(f"{prefix}.gate_up_proj"), self.weight(f"{prefix}.down_proj")

@@ -1,0 +1,148 @@
+"""`qwenrun quantize`: checks a checkpoint against its config, has it converted, and tells what that did to it.
+
+The conversion itself is handed in: this room knows names, progress and tables only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenrun import __version__
+from qwenrun.errors import ModelError
+from qwenrun.model.config import ModelConfig
+from qwenrun.model.inventory import match
+from qwenrun.quant.recipe import Recipe
+from qwenrun.ui import console
+from qwenrun.ui.models import is_pack
+from qwenrun.ui.progress import Progress
+from qwenrun.ui.tables import table
+
+WORST = 5
+_NUMBERED = re.compile(r"\.(layers|blocks)\.\d+\.")
+
+
+def quantize(
+    convert: Callable[..., Any], source: Path, out: Path, *, recipe: str, force: bool, as_json: bool, quiet: bool
+) -> None:
+    """Convert the folder `source` into the pack `out`; the report of `convert` goes to stdout."""
+    from qwenrun.quant.packfile.checkpoint import Checkpoint
+
+    chosen = Recipe.load(recipe)
+    source = source.expanduser()
+    if is_pack(source):
+        raise ModelError(f"{source} is a pack already", "give the Hugging Face folder it was made from")
+    config = ModelConfig.from_folder(source)
+    with Checkpoint.open(source) as checkpoint, Progress("quantize", quiet=quiet) as progress:
+        matched = match(config, checkpoint.tensors, str(source))
+        report = convert(
+            checkpoint,
+            out.expanduser(),
+            chosen,
+            matched.tensors,
+            tool=f"qwenrun {__version__}",
+            notes=matched.notes,
+            progress=progress,
+            force=force,
+        )
+    if as_json:
+        content = {key: value for key, value in report.to_json().items() if key != "schema"}
+        console.document("quantize", 1, content)
+    else:
+        console.say(render(report))
+    if not quiet:
+        for text in (*report.notes, *summarised(report.warnings)):
+            console.note(f"note: {text}")
+        console.note(
+            f"wrote {report.pack}: {console.size(report.pack_bytes)} from {console.size(report.source_bytes)}"
+            f" in {console.seconds(report.seconds)}; try: qwenrun chat -m {report.pack}"
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of all layers that are the same kind and are stored in the same format."""
+
+    name: str
+    format: str
+    count: int
+    nbytes: int
+    values: int
+    sqnr: tuple[float, ...]
+
+
+def kind(name: str) -> str:
+    """A tensor's name without its layer: `...layers.7.mlp.gate.weight` -> `layers.*.mlp.gate`."""
+    short = _NUMBERED.sub(r".\1.*.", f".{name}").removeprefix(".")
+    for prefix in ("model.language_model.", "model."):
+        short = short.removeprefix(prefix)
+    return short.removesuffix(".weight")
+
+
+def grouped(rows: Iterable[Any]) -> list[Group]:
+    """Rows of a report by kind and format; what was kept exactly by part and format, after the others."""
+    groups: dict[tuple[bool, str, str], list[Any]] = {}
+    for row in rows:
+        exact = row.sqnr_db is None
+        groups.setdefault((exact, f"{row.part} (exact)" if exact else kind(row.name), row.format), []).append(row)
+    return [
+        Group(
+            name,
+            form,
+            len(members),
+            sum(row.bytes for row in members),
+            sum(math.prod(row.shape) for row in members),
+            tuple(row.sqnr_db for row in members if row.sqnr_db is not None),
+        )
+        for (_, name, form), members in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def render(report: Any) -> str:
+    """The report as text: a table by kind of tensor, and the tensors that came out worst."""
+    groups = grouped(report.rows)
+    rows: list[Sequence[str]] = [
+        (
+            group.name,
+            group.format,
+            f"{group.count:,}",
+            console.size(group.nbytes),
+            _bits(group.nbytes, group.values),
+            f"{sum(group.sqnr) / len(group.sqnr):.1f}" if group.sqnr else "",
+            f"{min(group.sqnr):.1f}" if group.sqnr else "",
+        )
+        for group in groups
+    ]
+    nbytes, values = sum(group.nbytes for group in groups), sum(group.values for group in groups)
+    total = ("total", "", f"{len(report.rows):,}", console.size(nbytes), _bits(nbytes, values), "", "")
+    lines = [
+        table(
+            ("tensor", "<format", "count", "size", "bits/weight", "mean dB", "worst dB"), [*rows, (), total], left=2
+        )
+    ]
+    worst = sorted((row for row in report.rows if row.sqnr_db is not None), key=lambda row: row.sqnr_db)[:WORST]
+    if worst:
+        lines += ["", "worst:"]
+        lines.append(
+            table(
+                ("tensor", "<format", "dB", "NMSE"),
+                [(row.name, row.format, f"{row.sqnr_db:.1f}", f"{row.nmse:.1e}") for row in worst],
+                left=2,
+            )
+        )
+    lines += ["", "dB: 10 log10(sum w^2 / sum error^2) of the weights, more is better; 6 dB halve the error"]
+    return "\n".join(lines)
+
+
+def _bits(nbytes: int, values: int) -> str:
+    return f"{8 * nbytes / values:.3f}" if values else ""
+
+
+def summarised(warnings: Sequence[str], most: int = 5) -> list[str]:
+    """The first few, and how many more there are."""
+    more = len(warnings) - most
+    return [*warnings[:most], *([f"and {more:,} more like these: see --json"] if more > 0 else [])]

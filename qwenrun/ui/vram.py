@@ -1,0 +1,111 @@
+"""`qwenrun vram`: the planner's list of buffers as a table, one column a context length.
+
+Cold: reads a config or a manifest, never weights. Knows no formula; `plan` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwenrun.errors import DoesNotFitError, UsageError
+from qwenrun.model.config import ModelConfig
+from qwenrun.model.inventory import inventory
+from qwenrun.plan.buffers import Run, list_buffers, read_per_token, totals
+from qwenrun.quant.recipe import DEFAULT, Assignment, Recipe, TensorInfo
+from qwenrun.ui import console
+from qwenrun.ui.models import is_pack, manifest_of
+from qwenrun.ui.tables import fields, table
+
+# What the planner's parts are called here.
+LABELS = {
+    "dense": "weights but routed experts",
+    "routed": "routed experts",
+    "kv": "KV cache",
+    "state": "DeltaNet state",
+    "vision": "vision tower",
+    "mtp": "MTP head",
+    "workspace": "workspace (estimate)",
+    "total": "total",
+}
+
+Stored = list[tuple[TensorInfo, Assignment]]
+
+
+def vram(model: str, ctx: str, *, recipe: str | None, kv: str, budget: str | None, as_json: bool) -> None:
+    """Print the bytes of each part of `model` for the contexts in `ctx` ("4k,32k").
+
+    Raises DoesNotFitError, after printing, if a context needs more than `budget`.
+    """
+    lengths = sorted({console.parse_tokens(text) for text in ctx.split(",")})
+    limit = console.parse_size(budget, "--budget") if budget else None
+    config, stored, how = described(model, recipe)
+    plans = {length: totals(list_buffers(config, stored, Run(ctx=length, kv=kv))) for length in lengths}
+    read = read_per_token(config, stored)
+    if as_json:
+        console.document(
+            "vram",
+            1,
+            {
+                "model": config.name,
+                "recipe": how,
+                "kv": kv,
+                "max_position": config.max_position,
+                "read_per_token_bytes": read,
+                "budget_bytes": limit,
+                "contexts": [{"ctx": length, "bytes": parts} for length, parts in plans.items()],
+            },
+        )
+    else:
+        console.say(_render(config, how, kv, plans, read))
+    too_large = [length for length, parts in plans.items() if limit is not None and parts["total"] > limit]
+    if too_large and limit is not None:
+        first = too_large[0]
+        raise DoesNotFitError(
+            f"at {first:,} tokens {config.name} needs {console.size(plans[first]['total'])},"
+            f" which is {console.size(plans[first]['total'] - limit)} more than {console.size(limit)}",
+            "a shorter --ctx, --kv int8 or a smaller --recipe",
+        )
+
+
+def described(model: str, recipe: str | None) -> tuple[ModelConfig, Stored, str]:
+    """(config, how each tensor is stored, the recipe's name) of a pack, a Hugging Face folder or a name."""
+    path = Path(model).expanduser()
+    if is_pack(path):
+        manifest = manifest_of(path)
+        config = ModelConfig.from_hf(manifest.config, name=path.resolve().name)
+        if recipe is None:
+            stored = [(entry.info, entry.assignment) for entry in manifest.tensors.values()]
+            return config, stored, str(manifest.recipe.get("name", ""))
+        raise UsageError(
+            f"{path} is a pack, and has its recipe: --recipe has no meaning for it",
+            f"qwenrun vram {path}, or give the Hugging Face folder",
+        )
+    is_folder = path.is_dir() or "/" in model.removeprefix("Qwen/")
+    config = ModelConfig.from_folder(path) if is_folder else ModelConfig.from_name(model)
+    chosen = Recipe.load(recipe or DEFAULT)
+    return config, [(info, chosen.assign(info)) for info in inventory(config)], chosen.name
+
+
+def _render(config: ModelConfig, how: str, kv: str, plans: dict[int, dict[str, int]], read: int) -> str:
+    head = fields(
+        [
+            ("model", config.name),
+            ("recipe", how),
+            ("KV", f"{kv}, {len(config.full_layers)} of {config.num_layers} layers have one"),
+        ]
+    )
+    lengths = list(plans)
+    present = [part for part in LABELS if any(plans[length].get(part) for length in lengths)]
+    rows: list[Sequence[str]] = []
+    for part in present:
+        if part == "total":
+            rows.append(())
+        rows.append((LABELS[part], *(console.size(plans[length][part]) for length in lengths)))
+    body = table(("part", *(f"ctx {console.tokens(length)}" for length in lengths)), rows)
+    foot = [f"{read / 1e9:.2f} GB of weights are read for every token decoded"]
+    for length in lengths:
+        if length > config.max_position:
+            foot.append(f"{length:,} tokens are beyond the model's {config.max_position:,} positions: needs YaRN")
+    return "\n\n".join([head, body, "\n".join(foot)])
+
