@@ -18,7 +18,7 @@ import typer
 from qwenrun import __version__
 from qwenrun.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_NO_FIT, EXIT_OK, EXIT_USAGE, exit_code
 from qwenrun.ui import console
-from qwenrun.ui.help import Command, Group
+from qwenrun.ui.command import Command, Group
 
 EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 

@@ -135,8 +135,14 @@ class Engine:
         """Whether the model thinks before it answers if nobody says otherwise."""
         return self._defaults.thinking
 
-    def defaults(self, think: bool | None = None) -> SamplingParams:
-        """The checkpoint's own sampling, or what its authors recommend with and without thinking."""
+    @property
+    def defaults(self) -> SamplingParams:
+        """`sampling` for an answer as this model gives it by default."""
+        return self.sampling()
+
+    def sampling(self, think: bool | None = None) -> SamplingParams:
+        """The checkpoint's own sampling parameters; if it has none, what its authors recommend for an answer
+        with or without thinking (by default `thinking_default`)."""
         return self._defaults.params(think)
 
     # -- memory ----------------------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ def _check_ctx(config: ModelConfig, ctx: int) -> None:
 
 def _no_model(path: Path) -> ModelError:
     if not path.exists():
-        return ModelError(f"{path} does not exist", hint="qwenrun ls shows the models that are here")
+        return ModelError(f"{path} does not exist", hint="give the folder of a pack or of a Hugging Face checkpoint")
     what = "is a file" if path.is_file() else f"has neither {MANIFEST} nor config.json"
     return ModelError(
         f"{path} is no model: it {what}",

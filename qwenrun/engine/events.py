@@ -14,11 +14,14 @@ Reason = Literal["stop", "length", "context"]
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token.
+    """A generated token, usually one event each.
 
     text: what became printable with this token. Empty while the bytes of a character are incomplete, and for
         a token that only opens or closes the reasoning.
     kind: whether `text` is part of the answer or of the reasoning before it.
+
+    A token whose text is part of both makes two events, and text held back to the end comes in one more with
+    the last token's id: count `Done.ids`, not events.
     """
 
     id: int

@@ -220,7 +220,7 @@ class Session:
             list(ids),
             resume=False,
             branch=None,
-            params=engine.defaults() if params is None else params,
+            params=engine.defaults if params is None else params,
             max_tokens=_checked(max_tokens),
             stop_ids=engine.eos_ids if stop_ids is None else frozenset(stop_ids),
             progress=progress,
@@ -266,7 +266,7 @@ class Session:
             prompt,
             resume=True,
             branch=branch,
-            params=engine.defaults(think) if params is None else params,
+            params=engine.sampling(think) if params is None else params,
             max_tokens=_checked(max_tokens),
             stop_ids=engine.eos_ids,
             progress=progress,
@@ -350,25 +350,25 @@ class _Text:
     def __init__(self, engine: Engine, splitter: ThinkSplitter | None) -> None:
         self._detokenizer = Detokenizer(engine.tokenizer) if engine.has_tokenizer else None
         self._splitter = splitter
-        self._kind: Kind = "answer" if splitter is None else splitter.kind
         self._texts: dict[Kind, list[str]] = {"answer": [], "reasoning": []}
 
     def push(self, token: int) -> list[Token]:
         """The events of one token, at least one."""
         text = self._detokenizer.push(token) if self._detokenizer else ""
-        pieces = self._splitter.push(text) if self._splitter else [(self._kind, text)]
-        return self._events(token, pieces) or [Token(token, "", self._kind)]
+        if self._splitter is None:
+            return self._events(token, [("answer", text)]) or [Token(token, "")]
+        return self._events(token, self._splitter.push(text)) or [Token(token, "", self._splitter.kind)]
 
     def flush(self, token: int) -> list[Token]:
         """What was held back, given out with the last token's id."""
         text = self._detokenizer.flush() if self._detokenizer else ""
-        pieces = [*self._splitter.push(text), *self._splitter.flush()] if self._splitter else [(self._kind, text)]
-        return self._events(token, pieces)
+        if self._splitter is None:
+            return self._events(token, [("answer", text)])
+        return self._events(token, [*self._splitter.push(text), *self._splitter.flush()])
 
     def _events(self, token: int, pieces: list[tuple[Kind, str]]) -> list[Token]:
         events = []
         for kind, text in pieces:
-            self._kind = kind
             if text:
                 self._texts[kind].append(text)
                 events.append(Token(token, text, kind))

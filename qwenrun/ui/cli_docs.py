@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from qwenrun.ui.help import split_examples
+from qwenrun.ui.command import split_examples
 
 INTRO = """\
 # Command line

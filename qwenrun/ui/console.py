@@ -113,6 +113,22 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.{1 if nbytes < 1000 else 0}f} {unit}"
 
 
+def size_unit(nbytes: float) -> tuple[str, int]:
+    """The unit in which a column whose largest number is `nbytes` reads best, and its bytes."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if nbytes >= 1024**power:
+            return unit, 1024**power
+    return "B", 1
+
+
+def decimal_size(nbytes: float) -> str:
+    """Bytes in powers of 1000, as bandwidths are given: "7.39 GB"."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if nbytes >= 1000**power:
+            return f"{nbytes / 1000**power:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
 def seconds(value: float) -> str:
     """A duration for people: "0.42 s", "12 s", "3:05", "1:02:03"."""
     if value < 10:
@@ -125,7 +141,9 @@ def seconds(value: float) -> str:
 
 
 def tokens(count: int) -> str:
-    """A number of tokens as one types it: 4096 -> "4k", 262144 -> "256k", 5000 -> "5,000"."""
+    """A number of tokens as one types it: 4096 -> "4k", 1048576 -> "1m", 5000 -> "5,000"."""
+    if count >= 1 << 20 and count % (1 << 20) == 0:
+        return f"{count >> 20}m"
     return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else f"{count:,}"
 
 

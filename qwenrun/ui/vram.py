@@ -29,6 +29,9 @@ LABELS = {
     "total": "total",
 }
 
+# Counted because a pack holds them; the engine does not use them yet.
+NOT_LOADED = ("vision", "mtp")
+
 Stored = list[tuple[TensorInfo, Assignment]]
 
 
@@ -96,14 +99,18 @@ def _render(config: ModelConfig, how: str, kv: str, plans: dict[int, dict[str, i
         ]
     )
     lengths = list(plans)
+    unit, one = console.size_unit(max(parts["total"] for parts in plans.values()))
     present = [part for part in LABELS if any(plans[length].get(part) for length in lengths)]
     rows: list[Sequence[str]] = []
     for part in present:
         if part == "total":
             rows.append(())
-        rows.append((LABELS[part], *(console.size(plans[length][part]) for length in lengths)))
-    body = table(("part", *(f"ctx {console.tokens(length)}" for length in lengths)), rows)
-    foot = [f"{read / 1e9:.2f} GB of weights are read for every token decoded"]
+        rows.append((LABELS[part], *(f"{plans[length][part] / one:,.2f}" for length in lengths)))
+    body = table((unit, *(f"ctx {console.tokens(length)}" for length in lengths)), rows)
+    foot = [f"{console.decimal_size(read)} of weights are read for every token decoded"]
+    unused = [LABELS[part] for part in NOT_LOADED if part in present]
+    if unused:
+        foot.append(f"{' and '.join(unused)}: in the pack, not loaded by this version")
     for length in lengths:
         if length > config.max_position:
             foot.append(f"{length:,} tokens are beyond the model's {config.max_position:,} positions: needs YaRN")
