@@ -98,9 +98,7 @@ def root(
 
 @app.command(cls=Command)
 def quantize(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A Hugging Face folder: config.json and safetensors.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face folder: config.json and safetensors.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PACK", help="The pack to make, a folder.")],
     recipe: Recipe = "balanced",
     force: Annotated[bool, typer.Option("--force", help="Replace PACK if it is there already.")] = False,
@@ -155,11 +153,15 @@ def chat(
         float | None,
         typer.Option("--presence-penalty", metavar="X", help="Taken from the logit of every token used before."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", min=0, help="Same seed, same answer.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Same seed, same answer.")] = None,
     ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="Tokens the conversation may have.")] = "4k",
     kv: KvOption = Kv.bf16,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", metavar="SIZE", help="Refuse to load what needs more than this.", show_default="free memory"
+        ),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed after each answer.")] = False,
     json: Json = False,
 ) -> None:
@@ -174,6 +176,7 @@ def chat(
         qwenrun chat -p "What is qwenrun?"
         cat build.log | qwenrun chat -m 35b.pack -p "why did it fail?" > answer.txt
     """
+    from qwenrun.measure.machine import available_memory
     from qwenrun.ui.chat import ChatOptions, chat
 
     sampling = {
@@ -196,6 +199,8 @@ def chat(
             kv=kv.value,
             stats=stats,
             as_json=json,
+            budget=console.parse_size(budget, "--budget") if budget else None,
+            memory=available_memory(),
         )
     )
 
@@ -205,9 +210,7 @@ def vram(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A name, a Hugging Face folder or a pack.", autocompletion=_zoo)
     ] = "Qwen3.5-122B-A10B",
-    ctx: Annotated[
-        str, typer.Option("--ctx", metavar="N[,N...]", help="Context lengths to compute.")
-    ] = "4k,32k,256k",
+    ctx: Annotated[str, typer.Option("--ctx", metavar="N[,N...]", help="Context lengths to compute.")] = "4k,32k,256k",
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -241,9 +244,7 @@ def vram(
 @app.command(cls=Command)
 def bench(
     model: Model = None,
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens to prefill.")
-    ] = 256,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens to prefill.")] = 256,
     gen_tokens: Annotated[
         int, typer.Option("--gen-tokens", metavar="N", min=1, help="Tokens to decode after them.")
     ] = 32,
@@ -265,10 +266,17 @@ def bench(
         qwenrun bench -m 35b.pack --prompt-tokens 2048 --gen-tokens 128 --runs 5 --json
     """
     from qwenrun.measure.bench import bench
+    from qwenrun.measure.machine import available_memory
     from qwenrun.ui.reports import bench_report, measuring
 
-    with measuring(model, kv=kv.value, quiet=quiet, ctx=ctx, needed=prompt_tokens + gen_tokens) as (engine, progress):
-        bench_report(bench(engine, prompt_tokens, gen_tokens, runs, progress), as_json=json)
+    held = console.parse_tokens(ctx) if ctx else prompt_tokens + gen_tokens
+    memory = available_memory()
+    with measuring(model, ctx=held, kv=kv.value, label="bench", unit="steps", memory=memory, quiet=quiet) as (
+        engine,
+        progress,
+    ):
+        result = bench(engine, prompt_tokens, gen_tokens, runs, progress)
+    bench_report(result, as_json=json)
 
 
 @app.command(name="eval", cls=Command)
@@ -298,11 +306,16 @@ def evaluate(
         qwenrun eval
         qwenrun eval -m demo.pack --pairs questions.jsonl --json
     """
+    from qwenrun.measure.machine import available_memory
     from qwenrun.measure.quality import exact_answers, question_sets
     from qwenrun.ui.reports import eval_report, measuring
 
     sets = question_sets(pairs)
-    with measuring(model, kv=kv.value, quiet=quiet, ctx=ctx, label="eval", unit="questions") as (engine, progress):
+    held, memory = console.parse_tokens(ctx), available_memory()
+    with measuring(model, ctx=held, kv=kv.value, label="eval", unit="questions", memory=memory, quiet=quiet) as (
+        engine,
+        progress,
+    ):
         figures = exact_answers(engine, sets, think=think, max_tokens=max_tokens, progress=progress)
         eval_report(engine, figures, as_json=json)
 

@@ -21,7 +21,7 @@ from qwenrun.engine.defaults import Defaults, read_defaults
 from qwenrun.engine.sampler import SamplingParams
 from qwenrun.engine.session import Session
 from qwenrun.errors import ModelError, UsageError
-from qwenrun.model.bind import CheckpointSource, PackSource, WeightSource, bind
+from qwenrun.model.bind import CheckpointSource, PackSource, bind
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.qwen3_5 import Model
 from qwenrun.plan.buffers import Buffer, Run, list_buffers, read_per_token
@@ -32,6 +32,7 @@ from qwenrun.quant.recipe import Assignment, TensorInfo
 from qwenrun.text.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+DEFAULT_CTX = 4096
 
 
 class Engine:
@@ -64,7 +65,7 @@ class Engine:
         cls,
         path: str | Path,
         *,
-        ctx: int = 4096,
+        ctx: int | None = None,
         kv: str = "bf16",
         device: str = "cpu",
         chunk: int = 512,
@@ -73,25 +74,28 @@ class Engine:
     ) -> Engine:
         """Open a pack or a Hugging Face folder.
 
-        ctx: tokens a session can hold. kv: "bf16", "int8" or "f32", the type of cached keys and values.
+        ctx: tokens a session can hold; by default 4,096, or as many as the model has positions for. kv: "bf16", "int8" or "f32", the type of cached keys and values.
         chunk: tokens a prefill step takes. snapshots: checkpoints a session keeps. mtp: also load the
         multi-token-prediction module.
         Raises ModelError (or the quant floor's errors) if it can't be read or is not a model of the family,
         UsageError for arguments that make no sense.
         """
         path = Path(path)
-        run = Run(ctx=ctx, kv=kv, chunk=chunk, mtp=mtp, vision=False, snapshots=snapshots)
         target = _device(device)
+
+        def run_for(config: ModelConfig) -> Run:
+            return Run(_checked_ctx(config, ctx), kv=kv, chunk=chunk, mtp=mtp, vision=False, snapshots=snapshots)
+
         if (path / MANIFEST).is_file():
             pack = PackReader.open(path)
             config = ModelConfig.from_hf(pack.config, name=path.resolve().name)
-            _check_ctx(config, ctx)
+            run = run_for(config)
             model, _ = bind(PackSource(pack), config, target, mtp)
             stored = [(entry.info, entry.assignment) for entry in pack.tensors.values()]
             return cls(path, config, run, model, stored, read_defaults(path, config), pack)
         if (path / "config.json").is_file():
             config = ModelConfig.from_folder(path)
-            _check_ctx(config, ctx)
+            run = run_for(config)
             with Checkpoint.open(path) as checkpoint:
                 model, matched = bind(CheckpointSource(checkpoint), config, target, mtp)
             stored = [(info, Assignment("keep", None)) for info in matched.tensors]
@@ -186,15 +190,18 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_ctx(config: ModelConfig, ctx: int) -> None:
+def _checked_ctx(config: ModelConfig, ctx: int | None) -> int:
     limit = config.max_position
     if config.rope.yarn:
         limit = max(limit, int(config.rope.factor * config.rope.original_max_position))
+    if ctx is None:
+        return min(DEFAULT_CTX, limit)
     if ctx > limit:
         raise UsageError(
             f"a context of {ctx:,} tokens is more than the {limit:,} positions of this model",
             hint=f"--ctx {limit}, or set YaRN in rope_parameters of config.json",
         )
+    return ctx
 
 
 def _no_model(path: Path) -> ModelError:

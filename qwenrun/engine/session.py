@@ -81,9 +81,7 @@ class Session:
 
     # -- feeding ---------------------------------------------------------------------------------------------
 
-    def prefill(
-        self, ids: Sequence[int], all_logits: bool = False, progress: Progress | None = None
-    ) -> Tensor:
+    def prefill(self, ids: Sequence[int], all_logits: bool = False, progress: Progress | None = None) -> Tensor:
         """Feed `ids` in chunks; return the logits f32 [V] after the last one, or [T, V] after each.
 
         progress(done, total) is called after every chunk. Raises UsageError if `ids` is empty or does not fit;

@@ -14,20 +14,24 @@ from typing import TYPE_CHECKING, Any
 from qwenrun.engine.events import Done, Event, Stats
 from qwenrun.errors import UsageError
 from qwenrun.ui import console
-from qwenrun.ui.models import find_model, model_name
+from qwenrun.ui.models import check_memory, find_model, model_name
 from qwenrun.ui.progress import Progress, Status
 
 if TYPE_CHECKING:
     from qwenrun.engine.engine import Engine
     from qwenrun.engine.sampler import SamplingParams
 
+MAX_SEED = 2**63 - 1
 # Prompts that are read faster than this are not worth a word.
 QUIET_PREFILL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """The options of `qwenrun chat`. `sampling` holds those that were given; the model has the others."""
+    """The options of `qwenrun chat`. `sampling` holds those that were given; the model has the others.
+
+    budget, memory: bytes that everything must fit in, and that are free; None is not checked.
+    """
 
     model: str | None = None
     prompt: str | None = None
@@ -39,14 +43,19 @@ class ChatOptions:
     kv: str = "bf16"
     stats: bool = False
     as_json: bool = False
+    budget: int | None = None
+    memory: int | None = None
 
 
 def chat(options: ChatOptions) -> None:
     """Answer once if there is a prompt or piped text, else talk at a prompt."""
+    if options.sampling.get("seed", 0) > MAX_SEED:
+        raise UsageError(f"--seed {options.sampling['seed']} is more than {MAX_SEED}", "--seed 1")
     question = question_from(options.prompt)
     if question is None:
         _check_terminals(options)
     path = find_model(options.model)
+    check_memory(path, ctx=options.ctx, kv=options.kv, budget=options.budget, available=options.memory)
     with Status(f"loading {path} ..."):
         from qwenrun.engine.engine import Engine
 
@@ -96,7 +105,8 @@ def _check_terminals(options: ChatOptions) -> None:
 
 def parameters(engine: Engine, options: ChatOptions) -> SamplingParams:
     """The model's own sampling parameters, with those that were given in their place."""
-    return replace(engine.defaults, **options.sampling)
+    think = engine.thinking_default if options.think is None else options.think
+    return replace(engine.sampling(think), **options.sampling)
 
 
 def messages_for(question: str, system: str | None) -> list[dict[str, str]]:

@@ -23,10 +23,18 @@ def split_examples(docstring: str) -> tuple[str, list[str]]:
     return text.strip(), [line.strip() for line in examples.splitlines() if line.strip()]
 
 
-class _ExamplesFirst:
-    """The part that commands and groups share: the order of the sections."""
+class _Shared:
+    """Help in our order, and values converted by `_Converter`."""
 
     help: str | None
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for param in self.get_params(ctx):  # type: ignore[attr-defined]
+            annotation = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+            if annotation in (str, int, float, bool, Path) or _is_enum(annotation):
+                converter = _Converter(annotation)
+                param.get_runtime_param = lambda found=converter: found
+        return super().parse_args(ctx, args)  # type: ignore[misc]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _, examples = split_examples(self.help or "")
@@ -51,20 +59,12 @@ class _ExamplesFirst:
         return " ".join(text.partition("\n\n")[0].split()).rstrip(".")
 
 
-class Group(_ExamplesFirst, TyperGroup):
-    """The program: as its commands."""
+class Group(_Shared, TyperGroup):
+    """The program."""
 
 
-class Command(_ExamplesFirst, TyperCommand):
-    """A command whose help has its examples first, and whose values are converted by `_Converter`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for param in self.params:
-            annotation = getattr(getattr(param, "type_descriptor", None), "annotation", None)
-            if annotation in (str, int, float, bool, Path) or _is_enum(annotation):
-                converter = _Converter(annotation)
-                param.get_runtime_param = lambda found=converter: found  # type: ignore[attr-defined]
-        return super().parse_args(ctx, args)
+class Command(_Shared, TyperCommand):
+    """One command."""
 
 
 class _Converter:

@@ -148,7 +148,7 @@ def tokens(count: int) -> str:
 
 
 def parse_tokens(text: str, option: str = "--ctx") -> int:
-    """"4096", "4k" (4,096) or "1m" (1,048,576). Raises UsageError."""
+    """ "4096", "4k" (4,096) or "1m" (1,048,576). Raises UsageError."""
     match = _COUNT.fullmatch(text.strip().replace("_", ""))
     count = round(float(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()]) if match else 0
     if not 0 < count <= 1 << 40:
@@ -157,7 +157,7 @@ def parse_tokens(text: str, option: str = "--ctx") -> int:
 
 
 def parse_size(text: str, option: str) -> int:
-    """"24GiB" and "24g" (2^30), "24GB" (10^9), or bytes. Raises UsageError."""
+    """ "24GiB" and "24g" (2^30), "24GB" (10^9), or bytes. Raises UsageError."""
     match = _SIZE.fullmatch(text.strip().replace("_", ""))
     if not match or float(match[1]) <= 0:
         raise UsageError(f"{option} {text!r} is not a size", hint=f"{option} 24GiB")

@@ -8,11 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwenrun.demo import model_dir
-from qwenrun.errors import ModelError, UsageError
+from qwenrun.errors import DoesNotFitError, ModelError, UsageError
 from qwenrun.model.config import ModelConfig
+from qwenrun.model.inventory import inventory
+from qwenrun.plan.buffers import Run, list_buffers, totals
 from qwenrun.quant.errors import PackError
 from qwenrun.quant.packfile.layout import MANIFEST, MAX_JSON_BYTES, Manifest, parse_manifest, strict_json
-from qwenrun.ui.console import note
+from qwenrun.quant.recipe import KEEP, Assignment
+from qwenrun.ui.console import note, size
 
 
 def find_model(name: str | None, quiet: bool = False) -> Path:
@@ -67,4 +70,39 @@ def manifest_of(path: Path) -> Manifest:
 
 def model_name(config: ModelConfig, path: Path) -> str:
     """What to call an open model: its config's name, or its folder's."""
-    return config.name or path.resolve().name
+    return "demo" if path.resolve() == model_dir().resolve() else config.name or path.resolve().name
+
+
+def check_memory(path: Path, *, ctx: int, kv: str, budget: int | None, available: int | None) -> None:
+    """Refuse, before anything is loaded, a model whose plan exceeds the memory. Raises DoesNotFitError.
+
+    budget: bytes that everything must fit in, if a person said so. available: bytes that are free, if known. A
+    pack's weights are mapped, not loaded: if only they exceed what is free that is slow, and a note says so.
+    """
+    run = Run(ctx=ctx, kv=kv, mtp=False, vision=False)
+    mapped = is_pack(path)
+    if mapped:
+        manifest = manifest_of(path)
+        config = ModelConfig.from_hf(manifest.config, name=path.resolve().name)
+        stored = [(entry.info, entry.assignment) for entry in manifest.tensors.values()]
+    else:
+        config = ModelConfig.from_folder(path)
+        stored = [(info, Assignment(KEEP, None)) for info in inventory(config)]
+    parts = totals(list_buffers(config, stored, run))
+    weights = parts["dense"] + parts["routed"]
+    own = parts["total"] - (weights if mapped else 0)
+    limit, needed, what = (
+        (budget, parts["total"], "--budget") if budget is not None else (available, own, "free memory")
+    )
+    if limit is not None and needed > limit:
+        raise DoesNotFitError(
+            f"{path} with a context of {ctx:,} tokens needs {size(needed)}, and the {what} is {size(limit)}\n"
+            f"  weights {size(weights)}{' (mapped)' if mapped else ''}, KV cache {size(parts['kv'])},"
+            f" DeltaNet state {size(parts['state'])}, workspace {size(parts['workspace'])}",
+            f"a shorter --ctx, --kv int8 or a smaller recipe; see: qwenrun vram {path} --ctx {ctx}",
+        )
+    if available is not None and parts["total"] > available:
+        note(
+            f"note: {path} needs {size(parts['total'])} and {size(available)} are free: weights will be read from"
+            " disk again and again, which is slow"
+        )

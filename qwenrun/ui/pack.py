@@ -176,8 +176,6 @@ def verify(path: Path, *, as_json: bool, quiet: bool) -> None:
 
         reader.verify(path, advance)
     if as_json:
-        console.document(
-            "verify", 1, {"pack": str(path), "ok": True, "files": len(manifest.files), "bytes": total}
-        )
+        console.document("verify", 1, {"pack": str(path), "ok": True, "files": len(manifest.files), "bytes": total})
     else:
         console.say(f"{path}: {len(manifest.files)} files, {console.size(total)}, every sha256 as written")

@@ -13,7 +13,8 @@ from types import TracebackType
 from qwenrun.ui.console import can_move, dim, note, printable, seconds, size
 
 BAR_EVERY = 0.1
-LINE_EVERY = 5.0
+# Plain lines come ever more seldom, so that the log of an hour is not a thousand lines.
+FIRST_LINE, LONGEST_GAP = 5.0, 60.0
 BAR_WIDTH = 24
 
 
@@ -28,8 +29,9 @@ class Progress:
         self._label, self._unit = label, unit
         self._bar = can_move(sys.stderr)
         self._on = not quiet and sys.stderr is not None
-        self._start = time.monotonic()
-        self._next = self._start + min_seconds
+        self._gap = BAR_EVERY if self._bar else FIRST_LINE
+        self._next = time.monotonic() + max(min_seconds, 0.0 if self._bar else FIRST_LINE)
+        self._begun: tuple[float, int] | None = None
         self._shown = False
 
     def __enter__(self) -> Progress:
@@ -42,10 +44,14 @@ class Progress:
 
     def __call__(self, done: int, total: int, what: str = "") -> None:
         now = time.monotonic()
+        # Rates count from the first call: what came before it (imports, opening files) is not this work.
+        self._begun = self._begun or (now, done)
         if not self._on or now < self._next:
             return
-        self._next = now + (BAR_EVERY if self._bar else LINE_EVERY)
-        line = self._line(done, total, what, now - self._start)
+        if not self._bar:
+            self._gap = min(self._gap * 1.5, LONGEST_GAP)
+        self._next = now + self._gap
+        line = self._line(done, total, what, now)
         if self._bar:
             width = max(shutil.get_terminal_size().columns - 1, 20)
             sys.stderr.write(f"\r\x1b[2K{line[:width]}")
@@ -61,9 +67,11 @@ class Progress:
             sys.stderr.flush()
             self._shown = False
 
-    def _line(self, done: int, total: int, what: str, elapsed: float) -> str:
+    def _line(self, done: int, total: int, what: str, now: float) -> str:
+        since, already = self._begun or (now, done)
+        elapsed = now - since
         share = min(done / total, 1.0) if total else 0.0
-        rate = done / elapsed if elapsed > 0 else 0.0
+        rate = (done - already) / elapsed if elapsed > 0 else 0.0
         parts = [f"{self._count(done)} of {self._count(total)}"]
         if elapsed >= 1 and rate > 0:
             parts.append(f"{size(rate)}/s" if self._unit == "B" else f"{rate:,.{1 if rate < 100 else 0}f}/s")
@@ -85,12 +93,12 @@ class Status:
     """A dim line on a terminal's stderr while something happens that can't be counted; nothing elsewhere."""
 
     def __init__(self, text: str, quiet: bool = False) -> None:
-        self._text = text
+        self._text = printable(text)[: max(shutil.get_terminal_size().columns - 1, 20)]
         self._on = not quiet and can_move(sys.stderr)
 
     def __enter__(self) -> Status:
         if self._on:
-            sys.stderr.write(dim(printable(self._text), sys.stderr))
+            sys.stderr.write(dim(self._text, sys.stderr))
             sys.stderr.flush()
         return self
 

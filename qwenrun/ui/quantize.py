@@ -76,8 +76,8 @@ class Group:
 
 
 def kind(name: str) -> str:
-    """A tensor's name without its layer: `...layers.7.mlp.gate.weight` -> `layers.*.mlp.gate`."""
-    short = _NUMBERED.sub(r".\1.*.", f".{name}").removeprefix(".")
+    """A tensor's name without its layer: `model.language_model.layers.7.mlp.gate.weight` -> `mlp.gate`."""
+    short = _NUMBERED.sub(".", f".{name}").removeprefix(".")
     for prefix in ("model.language_model.", "model."):
         short = short.removeprefix(prefix)
     return short.removesuffix(".weight")
@@ -119,11 +119,7 @@ def render(report: Any) -> str:
     ]
     nbytes, values = sum(group.nbytes for group in groups), sum(group.values for group in groups)
     total = ("total", "", f"{len(report.rows):,}", console.size(nbytes), _bits(nbytes, values), "", "")
-    lines = [
-        table(
-            ("tensor", "<format", "count", "size", "bits/weight", "mean dB", "worst dB"), [*rows, (), total], left=2
-        )
-    ]
+    lines = [table(("tensor", "<format", "count", "size", "bits", "mean dB", "min dB"), [*rows, (), total], left=2)]
     worst = sorted((row for row in report.rows if row.sqnr_db is not None), key=lambda row: row.sqnr_db)[:WORST]
     if worst:
         lines += ["", "worst:"]

@@ -115,4 +115,3 @@ def _render(config: ModelConfig, how: str, kv: str, plans: dict[int, dict[str, i
         if length > config.max_position:
             foot.append(f"{length:,} tokens are beyond the model's {config.max_position:,} positions: needs YaRN")
     return "\n\n".join([head, body, "\n".join(foot)])
-

@@ -6,12 +6,14 @@ The measure is ||a - b|| / ||b|| over all logits compared. Both sides compute in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+
 from qwenrun import Engine
 from qwenrun.engine.session import Session
 
@@ -83,36 +85,44 @@ def test_greedy_decode(tiny: Callable[..., Any], name: str) -> None:
         assert s.position == 70 + 32
 
 
+def divergence(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+    """Mean KL divergence in nats, and the share of rows whose likeliest token is the same."""
+    p, q = want.log_softmax(-1), got.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean()), float((got.argmax(-1) == want.argmax(-1)).float().mean())
+
+
 @pytest.mark.parametrize("name", ["moe-4x", "dense-1x-tied"])
 def test_bf16_by_statistics(tiny: Callable[..., Any], name: str) -> None:
     """A BF16 checkpoint with a BF16 cache against float32 transformers of the same (rounded) weights.
 
-    Only the cache is rounded here, so the distributions stay close; a near-tied expert may still flip, so the
-    bounds are on averages: mean KL divergence below 0.01 nats, the likeliest token the same in 95 %.
+    Only cached keys and values are rounded here, so distributions stay close: mean KL divergence below 1e-3
+    nats, the likeliest token the same in 97 %; and closer than transformers' own BF16 run, which rounds every
+    activation. Bit equality is not to be had: a near-tied expert flips.
     """
     model = tiny(name, torch.bfloat16)
     ids = model.ids(200, seed=15)
-    want = model.logits(ids).log_softmax(-1)
+    want = model.logits(ids)
     with session(model.folder, kv="bf16") as s:
-        got = s.prefill(ids, all_logits=True).log_softmax(-1)
-    divergence = (want.exp() * (want - got)).sum(-1)
-    print(f"{name}: mean KLD {divergence.mean():.2e}")
-    assert divergence.mean() < 0.01
-    assert (got.argmax(-1) == want.argmax(-1)).float().mean() > 0.95
+        kld, top1 = divergence(s.prefill(ids, all_logits=True), want)
+    oracle = copy.deepcopy(model.oracle).bfloat16()
+    with torch.no_grad():
+        other, _ = divergence(oracle(input_ids=torch.tensor([ids])).logits[0].float(), want)
+    print(f"{name}: mean KLD {kld:.2e}, top-1 {top1:.1%}; transformers in BF16 {other:.2e}")
+    assert kld < 1e-3
+    assert top1 > 0.97
+    assert kld < other
 
 
 @pytest.mark.parametrize("name", ["moe-2x-per-expert", "dense-1x-tied"])
 def test_int8_cache(tiny: Callable[..., Any], name: str) -> None:
-    """Keys and values in INT8, one scale per head and token: mean KL divergence below 0.01 nats, top-1 95 %."""
+    """Keys and values in INT8, one scale per head and token: mean KL divergence below 5e-3 nats, top-1 95 %."""
     model = tiny(name)
     ids = model.ids(200, seed=16)
-    want = model.logits(ids).log_softmax(-1)
     with session(model.folder, kv="int8", chunk=50) as s:
-        got = s.prefill(ids, all_logits=True).log_softmax(-1)
-    divergence = (want.exp() * (want - got)).sum(-1)
-    print(f"{name}: mean KLD {divergence.mean():.2e}")
-    assert 0 < divergence.mean() < 0.01
-    assert (got.argmax(-1) == want.argmax(-1)).float().mean() > 0.95
+        kld, top1 = divergence(s.prefill(ids, all_logits=True), model.logits(ids))
+    print(f"{name}: mean KLD {kld:.2e}, top-1 {top1:.1%}")
+    assert 0 < kld < 5e-3
+    assert top1 > 0.95
 
 
 def rms(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

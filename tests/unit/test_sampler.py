@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from qwenrun.engine.sampler import Sampler, SamplingParams
 from qwenrun.errors import QwenrunError, UsageError
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from qwenrun.engine.kv_cache import Int8KV, PlainKV
 from qwenrun.engine.state import SequenceState
 from qwenrun.model.config import ModelConfig

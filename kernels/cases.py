@@ -1,0 +1,198 @@
+"""One table of op cases: sizes, storage, error bound, bytes and flops. Parity tests and docs/ops.md read it.
+
+A case is made of sizes alone; `inputs` draws fresh random tensors for it. Sizes are odd on purpose: one token,
+rows that fill no tile, lengths across a chunk's edge. Knows what an op needs, not what it gives: that is for an
+oracle elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenrun.kernels.dispatch import backends, refusal
+from qwenrun.kernels.ops import OPS, encode
+from qwenrun.kernels.spec import BlockSpec
+
+INT4 = BlockSpec("int4", 128, "f16")
+NVFP4 = BlockSpec("e2m1", 16, "e4m3", tensor_scale=True)
+SPECS = {
+    "int4-g128": INT4,
+    "int4-g64": BlockSpec("int4", 64, "f16"),
+    "int4-g32": BlockSpec("int4", 32, "f16"),
+    "int4-g128-zero": BlockSpec("int4", 128, "f16", zero=True),
+    "int4-g32-zero": BlockSpec("int4", 32, "f16", zero=True),
+    "nvfp4": NVFP4,
+    "mxfp4": BlockSpec("e2m1", 32, "e8m0"),
+    "int8-g128": BlockSpec("int8", 128, "f16"),
+    "int8-g32": BlockSpec("int8", 32, "f16"),
+    "bf16": BlockSpec("bf16"),
+    "f32": BlockSpec("f32"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size.
+
+    dims: the sizes by the letters of `ops`. bound: the largest allowed |y - y64| / |y64| against float64.
+    read_bytes: what must be read at least once; flops: multiplications and additions of the plain formula.
+    """
+
+    op: str
+    dims: dict[str, int]
+    bound: float
+    read_bytes: int
+    flops: int
+    storage: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> BlockSpec | None:
+        return SPECS[self.storage] if self.storage else None
+
+    @property
+    def name(self) -> str:
+        sizes = "-".join(f"{letter}{size}" for letter, size in self.dims.items())
+        return "-".join(filter(None, [self.op, self.storage, sizes, *map(str, self.options.values())]))
+
+
+# Float32 sums of a few thousand products err by some 1e-6; an error of structure is larger than 1e-2.
+FLOAT32 = 1e-5
+
+
+def cases() -> tuple[Case, ...]:
+    """The table."""
+    return tuple(_all())
+
+
+def _all() -> Iterator[Case]:
+    for storage, spec in SPECS.items():
+        cols = 384
+        # A row more and one less than a power of two; one token and several.
+        for tokens, rows in ((1, 65), (3, 31), (17, 64)):
+            size = spec.nbytes(rows, cols)
+            dims = {"T": tokens, "N": rows, "K": cols}
+            yield Case("linear", dims, FLOAT32, size + 4 * tokens * cols, 2 * tokens * rows * cols, storage)
+        yield Case("embedding", {"T": 5, "V": 67, "H": 256}, FLOAT32, spec.nbytes(5, 256), 0, storage)
+        for tokens, experts, k in ((1, 5, 3), (2, 7, 2), (9, 4, 2)):
+            dims = {"T": tokens, "E": experts, "k": k, "H": 128, "I": 128}
+            touched = min(experts, tokens * k)
+            size = touched * (spec.nbytes(256, 128, 2) + spec.nbytes(128, 128))
+            yield Case("experts", dims, FLOAT32, size, 2 * tokens * k * 3 * 128 * 128, storage)
+    for tokens, experts, k in ((1, 16, 3), (7, 5, 5)):
+        dims = {"T": tokens, "E": experts, "k": k, "H": 96}
+        yield Case("router", dims, FLOAT32, 4 * experts * 96, 2 * tokens * experts * 96)
+    for tokens, length, heads, groups, dim in (
+        (1, 1, 4, 2, 32),
+        (1, 2500, 3, 1, 64),
+        (300, 300, 2, 2, 32),
+        (7, 2100, 6, 2, 32),
+    ):
+        dims = {"T": tokens, "S": length, "Hq": heads, "Hkv": groups, "D": dim}
+        yield Case("attention", dims, FLOAT32, 8 * length * groups * dim, 4 * tokens * length * heads * dim)
+    for tokens, key_heads, value_heads in ((1, 2, 8), (5, 3, 3), (64, 2, 4), (150, 1, 4)):
+        dims = {"T": tokens, "nk": key_heads, "nv": value_heads, "dk": 16, "dv": 24}
+        state = value_heads * 16 * 24
+        # Chunks of 64 decays multiply up to 64 roundings.
+        yield Case("delta_rule", dims, 1e-4, 4 * state, 7 * tokens * state)
+    for tokens in (1, 2, 3, 70):
+        yield Case("conv", {"T": tokens, "C": 37}, FLOAT32, 4 * 37 * 7, 8 * tokens * 37)
+    for zero_centred in (True, False):
+        yield Case(
+            "rms_norm", {"T": 3, "H": 97}, FLOAT32, 4 * 97 * 4, 4 * 3 * 97, options={"zero_centred": zero_centred}
+        )
+    yield Case("gated_rms_norm", {"T": 3, "nv": 5, "dv": 24}, FLOAT32, 8 * 3 * 5 * 24, 8 * 3 * 5 * 24)
+    for heads in (1, 5):
+        yield Case(
+            "apply_rope", {"T": 4, "heads": heads, "D": 40, "R": 16}, FLOAT32, 4 * 4 * heads * 40, 6 * 4 * heads * 16
+        )
+
+
+def inputs(case: Case, generator: torch.Generator) -> tuple[Any, ...]:
+    """Fresh random arguments for `case`, in the order of its op; state tensors among them are the op's to change."""
+    d = case.dims
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    if case.op == "linear":
+        return normal(d["T"], d["K"]), encode(normal(d["N"], d["K"]), SPECS[case.storage])
+    if case.op == "embedding":
+        return integers(d["V"], d["T"]), encode(normal(d["V"], d["H"]), SPECS[case.storage])
+    if case.op == "experts":
+        gate_up = encode(normal(d["E"], 2 * d["I"], d["H"]), SPECS[case.storage], tensor_scales=2)
+        down = encode(normal(d["E"], d["H"], d["I"]), SPECS[case.storage])
+        index = torch.stack([torch.randperm(d["E"], generator=generator)[: d["k"]] for _ in range(d["T"])])
+        return normal(d["T"], d["H"]) / 16, gate_up, down, index, normal(d["T"], d["k"]).softmax(-1)
+    if case.op == "router":
+        return normal(d["T"], d["H"]), normal(d["E"], d["H"]) / 4, d["k"]
+    if case.op == "attention":
+        key, value = (normal(d["S"], d["Hkv"], d["D"]) for _ in range(2))
+        return normal(d["T"], d["Hq"], d["D"]), key, value, d["D"] ** -0.5
+    if case.op == "delta_rule":
+        q, k = (normal(d["T"], d["nk"], d["dk"]) for _ in range(2))
+        decay = -torch.rand(d["T"], d["nv"], generator=generator).square() * 3
+        beta = torch.rand(d["T"], d["nv"], generator=generator)
+        return q, k, normal(d["T"], d["nv"], d["dv"]), decay, beta, normal(d["nv"], d["dk"], d["dv"])
+    if case.op == "conv":
+        return normal(d["T"], d["C"]), normal(d["C"], 4), normal(3, d["C"])
+    if case.op == "rms_norm":
+        return normal(d["T"], d["H"]) * 3, normal(d["H"]), 1e-6, case.options["zero_centred"]
+    if case.op == "gated_rms_norm":
+        return normal(d["T"], d["nv"], d["dv"]), normal(d["dv"]), normal(d["T"], d["nv"], d["dv"]), 1e-6
+    if case.op == "apply_rope":
+        angle = normal(d["T"], d["R"] // 2)
+        return normal(d["T"], d["heads"], d["D"]), angle.cos(), angle.sin()
+    raise ValueError(f"no inputs are known for {case.op}")
+
+
+def ops_markdown() -> str:
+    """docs/ops.md: which backend computes which op on which storage, and what the table's cases cost."""
+    names = list(backends())
+    lines = [
+        "# Ops",
+        "",
+        "Written by `make docs` from the table of cases in `kernels/cases.py` and from what the backends say of",
+        "themselves. Shapes and formulas: the docstrings of `kernels/ops.py`.",
+        "",
+        "## Who computes what",
+        "",
+        "| op | storage | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    table = cases()
+    for op in OPS:
+        storages = list(dict.fromkeys(case.storage for case in table if case.op == op)) or [""]
+        served = {s: ["no: " + why if (why := _static_refusal(n, op, s)) else "yes" for n in names] for s in storages}
+        if len({tuple(row) for row in served.values()}) == 1:
+            shown = ", ".join(filter(None, storages)) or "-"
+            lines.append(f"| `{op}` | {shown} | " + " | ".join(served[storages[0]]) + " |")
+        else:
+            lines += [f"| `{op}` | {s or '-'} | " + " | ".join(row) + " |" for s, row in served.items()]
+    lines += [
+        "",
+        "## The cases",
+        "",
+        "Every backend is compared with an independent float64 formula on each; the bound is on",
+        "|y - y64| / |y64|. Bytes are what must be read at least once.",
+        "",
+        "| case | bound | bytes | flops |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {case.name} | {case.bound:g} | {case.read_bytes:,} | {case.flops:,} |" for case in table]
+    return "\n".join(lines) + "\n"
+
+
+def _static_refusal(name: str, op: str, storage: str) -> str:
+    """A backend's refusal on its own device; machine-dependent ones would make the page differ by machine."""
+    backend = backends()[name].BACKEND
+    device = backend.devices[0] if backend.devices else "cpu"
+    return refusal(name, op, device, SPECS[storage] if storage else None)

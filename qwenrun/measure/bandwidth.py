@@ -1,0 +1,44 @@
+"""How fast this machine reads memory: the ceiling that decoding, which reads every active weight, runs against.
+
+Several kinds of read of one buffer far larger than the caches, by all of torch's threads; the best of all
+passes is the figure. Knows no model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from qwenrun.measure.machine import available_memory, machine
+
+# Times the last-level cache, within these bounds and a quarter of what is free.
+CACHES, SMALLEST, LARGEST = 8, 256 << 20, 2 << 30
+PASSES = 5
+
+METHOD = (
+    "best of {passes} passes each of a float32 sum, a maximum and a dot product with itself over one buffer of"
+    " {mib:,} MiB, {threads} thread(s)"
+)
+
+
+def read_bandwidth(progress: Callable[[int, int], None] | None = None) -> tuple[float, str]:
+    """(bytes per second, how it was measured)."""
+    size = min(max(CACHES * (machine().cache_bytes or 0), SMALLEST), LARGEST)
+    free = available_memory()
+    if free is not None:
+        size = min(size, max(free // 4, 16 << 20))
+    # Filled by all threads, so that on a machine with several memory nodes each has its share.
+    buffer = torch.empty(size // 4, dtype=torch.float32).fill_(1.0)
+    reads: list[Callable[[], object]] = [buffer.sum, buffer.max, lambda: torch.dot(buffer, buffer)]
+    best, total = 0.0, len(reads) * PASSES
+    for number in range(total):
+        read = reads[number % len(reads)]
+        begun = time.perf_counter()
+        read()
+        best = max(best, buffer.nbytes / (time.perf_counter() - begun))
+        if progress:
+            progress(number + 1, total)
+    how = METHOD.format(passes=PASSES, mib=buffer.nbytes >> 20, threads=torch.get_num_threads())
+    return best, how

@@ -1,0 +1,147 @@
+"""Speed of an open model: prefill and decode tokens per second, medians of several runs, beside the memory's speed.
+
+Feeds random tokens straight to a session, so that nothing is cached, sampled or printed in the measured time.
+Knows nothing of how the figures are shown.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwenrun.errors import UsageError
+from qwenrun.measure.bandwidth import read_bandwidth
+from qwenrun.measure.machine import machine
+
+if TYPE_CHECKING:
+    from qwenrun.engine.engine import Engine
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of each run, in order."""
+
+    runs: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"median": self.median, "min": min(self.runs), "max": max(self.runs), "runs": list(self.runs)}
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What one measurement found; bandwidths in bytes per second.
+
+    achieved: weight bytes read per token times tokens per second. in_cache: the weights that a token reads fit
+    into the processor's cache, so that `achieved` says nothing of memory.
+    """
+
+    model: str
+    path: str
+    prompt_tokens: int
+    gen_tokens: int
+    ctx: int
+    kv: str
+    prefill: Speed
+    decode: Speed
+    bytes_per_token: int
+    read_bandwidth: float
+    bandwidth_method: str
+    threads: int
+    machine: str
+    in_cache: bool
+
+    @property
+    def achieved(self) -> float:
+        return self.bytes_per_token * self.decode.median
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "path": self.path,
+            "prompt_tokens": self.prompt_tokens,
+            "gen_tokens": self.gen_tokens,
+            "ctx": self.ctx,
+            "kv": self.kv,
+            "prefill_tokens_per_second": self.prefill.to_json(),
+            "decode_tokens_per_second": self.decode.to_json(),
+            "bytes_per_token": self.bytes_per_token,
+            "achieved_bytes_per_second": self.achieved,
+            "read_bandwidth_bytes_per_second": self.read_bandwidth,
+            "read_bandwidth_method": self.bandwidth_method,
+            "weights_fit_in_cache": self.in_cache,
+            "threads": self.threads,
+            "machine": self.machine,
+        }
+
+
+def bench(
+    engine: Engine,
+    prompt_tokens: int,
+    gen_tokens: int,
+    runs: int,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BenchResult:
+    """Measure `runs` runs after one that is not counted. Raises UsageError if they do not fit the context."""
+    import torch
+
+    if prompt_tokens + gen_tokens > engine.run.ctx:
+        raise UsageError(
+            f"{prompt_tokens:,} + {gen_tokens:,} tokens do not fit in the context of {engine.run.ctx:,}",
+            f"--ctx {prompt_tokens + gen_tokens}",
+        )
+    rng = random.Random(SEED)
+    session = engine.session()
+    total = (runs + 1) * (1 + gen_tokens)
+    done = 0
+
+    def advance(what: str) -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total, what)
+
+    prefill, decode = [], []
+    for _ in range(runs + 1):
+        session.reset()
+        prompt = [rng.randrange(engine.vocab_size) for _ in range(prompt_tokens)]
+        begun = time.perf_counter()
+        session.prefill(prompt)
+        prefill.append(prompt_tokens / (time.perf_counter() - begun))
+        advance("prefill")
+        spent = 0.0
+        for _ in range(gen_tokens):
+            token = rng.randrange(engine.vocab_size)
+            begun = time.perf_counter()
+            session.step(token)
+            spent += time.perf_counter() - begun
+            advance("decode")
+        decode.append(gen_tokens / spent)
+    bandwidth, method = read_bandwidth()
+    cache = machine().cache_bytes
+    bytes_per_token = engine.bytes_per_token()
+    return BenchResult(
+        model=engine.config.name,
+        path=str(engine.path),
+        prompt_tokens=prompt_tokens,
+        gen_tokens=gen_tokens,
+        ctx=engine.run.ctx,
+        kv=engine.run.kv,
+        prefill=Speed(tuple(prefill[1:])),
+        decode=Speed(tuple(decode[1:])),
+        bytes_per_token=bytes_per_token,
+        read_bandwidth=bandwidth,
+        bandwidth_method=method,
+        threads=torch.get_num_threads(),
+        machine=machine().line(),
+        in_cache=cache is not None and bytes_per_token <= cache,
+    )
