@@ -74,7 +74,7 @@ Recipe = Annotated[
         "--recipe", metavar="RECIPE", help="balanced, nvfp4, int4, bf16, or a TOML file.", autocompletion=_recipes
     ),
 ]
-KvOption = Annotated[Kv, typer.Option("--kv", help="How keys and values are stored.")]
+KvOption = Annotated[Kv, typer.Option("--kv", metavar="bf16|int8|f32", help="How keys and values are stored.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -190,8 +190,8 @@ def chat(
     chat(
         ChatOptions(
             model=model,
-            prompt=prompt,
-            system=system,
+            prompt=prompt if prompt is None else console.well_formed(prompt),
+            system=system if system is None else console.well_formed(system),
             think=think,
             max_tokens=max_tokens,
             sampling={name: value for name, value in sampling.items() if value is not None},
@@ -368,9 +368,9 @@ def doctor(json: Json = False) -> None:
 
 def cli_markdown() -> str:
     """docs/cli.md, from the declarations above."""
-    from qwenrun.ui.cli_docs import cli_markdown
+    from qwenrun.ui.cli_docs import markdown
 
-    return cli_markdown(app)
+    return markdown(app)
 
 
 def main() -> int:
@@ -382,8 +382,7 @@ def main() -> int:
         command: Any = typer.main.get_command(app)
         with command.make_context("qwenrun", sys.argv[1:]) as context:
             command.invoke(context)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         return _hang_up()
     except BaseException as error:
@@ -433,8 +432,7 @@ def _report(error: BaseException) -> int:
 
 def _flush_answer() -> None:
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         _hang_up()
 

@@ -74,9 +74,11 @@ class Engine:
     ) -> Engine:
         """Open a pack or a Hugging Face folder.
 
-        ctx: tokens a session can hold; by default 4,096, or as many as the model has positions for. kv: "bf16", "int8" or "f32", the type of cached keys and values.
+        ctx: tokens a session can hold; by default 4,096, or as many as the model has positions for.
+        kv: "bf16", "int8" or "f32", the type of cached keys and values. device: "cpu" or a torch device.
         chunk: tokens a prefill step takes. snapshots: checkpoints a session keeps. mtp: also load the
         multi-token-prediction module.
+
         Raises ModelError (or the quant floor's errors) if it can't be read or is not a model of the family,
         UsageError for arguments that make no sense.
         """

@@ -18,13 +18,14 @@ class PlainKV:
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
+        self._attention = bind("attention", k.device.type, Weight.plain(k).spec)
 
-    def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v f32 [T, Hkv, D] at rows start..; return rows 0..start+T-1 as views."""
+    def attend(self, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Store k, v f32 [T, Hkv, D] at rows start.., attend with q [T, Hq, D] to rows 0..start+T-1."""
         end = start + k.shape[0]
         self.k[start:end] = k
         self.v[start:end] = v
-        return self.k[:end], self.v[:end]
+        return self._attention(q, self.k[:end], self.v[:end], scale)
 
 
 class Int8KV:
@@ -36,20 +37,24 @@ class Int8KV:
     def __init__(self, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor) -> None:
         self.spec = BlockSpec("int8", block=k.shape[-1], scale="f16")
         self.k, self.v, self.k_scale, self.v_scale = k, v, k_scale, v_scale
-        self._encode = bind("encode", k.device.type, self.spec)
-        self._decode = bind("decode", k.device.type, self.spec)
+        device = k.device.type
+        self._attention = bind("attention", device, self.spec)
+        self._encode = bind("encode", device, self.spec)
+        self._decode = bind("decode", device, self.spec)
 
-    def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Int8Rows, Int8Rows]:
-        """Store k, v f32 [T, Hkv, D] at rows start..; return rows 0..start+T-1, decoded where they are read."""
+    def attend(self, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As PlainKV's; keys and values are decoded a block of rows at a time, where the kernel reads them."""
         end = start + k.shape[0]
         for codes, scales, values in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
             encoded = self._encode(values, self.spec)
             codes[start:end] = encoded.codes
             scales[start:end] = encoded.scales.squeeze(-1)
-        return self._rows(self.k[:end], self.k_scale[:end]), self._rows(self.v[:end], self.v_scale[:end])
+        return self._attention(q, *self.rows(end), scale)
 
-    def _rows(self, codes: Tensor, scales: Tensor) -> Int8Rows:
-        return Int8Rows(codes, scales, self)
+    def rows(self, end: int) -> tuple[Int8Rows, Int8Rows]:
+        """Keys and values 0..end-1, to be decoded by slicing."""
+        keys = Int8Rows(self.k[:end], self.k_scale[:end], self)
+        return keys, Int8Rows(self.v[:end], self.v_scale[:end], self)
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """int8 [S, Hkv, D] and their scales [S, Hkv] -> f32 [S, Hkv, D]."""
@@ -57,8 +62,7 @@ class Int8KV:
 
 
 class Int8Rows:
-    """Stands for the decoded f32 tensor [S, Hkv, D], of which the attention kernel reads a block at a time:
-    only the rows of a slice are ever decoded."""
+    """Stands for the decoded f32 tensor [S, Hkv, D] where a kernel takes slices of rows: only those are decoded."""
 
     __slots__ = ("_cache", "_codes", "_scales", "shape")
 

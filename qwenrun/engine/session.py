@@ -107,7 +107,7 @@ class Session:
         if min(ids) < 0 or max(ids) >= self._engine.config.vocab_size:
             raise UsageError(f"token ids go from 0 to {self._engine.config.vocab_size - 1}")
         self._settle()
-        kept = []
+        kept: list[Tensor] = []
         for start in range(0, len(ids), self._chunk):
             part = list(ids[start : start + self._chunk])
             hidden = self._forward(part)

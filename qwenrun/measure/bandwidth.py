@@ -17,10 +17,7 @@ from qwenrun.measure.machine import available_memory, machine
 CACHES, SMALLEST, LARGEST = 8, 256 << 20, 2 << 30
 PASSES = 5
 
-METHOD = (
-    "best of {passes} passes each of a float32 sum, a maximum and a dot product with itself over one buffer of"
-    " {mib:,} MiB, {threads} thread(s)"
-)
+METHOD = "best of {passes} passes each of sum, maximum and dot product over {mib:,} MiB of float32, {threads} threads"
 
 
 def read_bandwidth(progress: Callable[[int, int], None] | None = None) -> tuple[float, str]:

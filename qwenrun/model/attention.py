@@ -18,8 +18,9 @@ from qwenrun.model.linear import Linear
 class KVLayer(Protocol):
     """Keys and values of one sequence in one attention layer."""
 
-    def write(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [T, Hkv, D] at rows start..start+T-1; return all keys and values [start+T, Hkv, D]."""
+    def attend(self, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Store k, v [T, Hkv, D] at rows start..start+T-1, then attend with q [T, Hq, D] to all rows up to there,
+        causally -> [T, Hq, D]."""
         ...
 
 
@@ -49,7 +50,6 @@ class Attention:
         device = q_norm.device.type
         self._rms_norm = bind("rms_norm", device)
         self._apply_rope = bind("apply_rope", device)
-        self._attention = bind("attention", device)
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVLayer, start: int) -> Tensor:
         """x f32 [T, H] at cache rows start..start+T-1, rotary (cos, sin) [T, rotary_dim/2] -> [T, H]."""
@@ -60,6 +60,5 @@ class Attention:
         v = self.v_proj(x).view(tokens, self.num_kv_heads, self.head_dim)
         q = self._apply_rope(self._rms_norm(q, self.q_norm, self.eps), cos, sin)
         k = self._apply_rope(self._rms_norm(k, self.k_norm, self.eps), cos, sin)
-        keys, values = cache.write(start, k, v)
-        mixed = self._attention(q, keys, values, self.scale) * torch.sigmoid(gate)
+        mixed = cache.attend(start, q, k, v, self.scale) * torch.sigmoid(gate)
         return self.o_proj(mixed.reshape(tokens, -1))

@@ -81,7 +81,8 @@ class Model:
         state.position = start + len(ids)
         return self._rms_norm(x, self.norm, self.config.rms_norm_eps)
 
-    @torch.inference_mode()
+    # Not in inference mode: logits leave the engine, and a caller may want to change them in place.
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states f32 [T, H] or [H] after the final norm -> f32 [T, V] or [V]."""
         return self.lm_head(hidden) if hidden.ndim == 2 else self.lm_head(hidden[None])[0]

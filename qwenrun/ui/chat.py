@@ -103,9 +103,8 @@ def _check_terminals(options: ChatOptions) -> None:
         )
 
 
-def parameters(engine: Engine, options: ChatOptions) -> SamplingParams:
+def parameters(engine: Engine, options: ChatOptions, think: bool | None) -> SamplingParams:
     """The model's own sampling parameters, with those that were given in their place."""
-    think = engine.thinking_default if options.think is None else options.think
     return replace(engine.sampling(think), **options.sampling)
 
 
@@ -116,7 +115,7 @@ def messages_for(question: str, system: str | None) -> list[dict[str, str]]:
 
 def answer(engine: Engine, question: str, options: ChatOptions) -> None:
     """Ask once: the answer on stdout as it comes, or one JSON document."""
-    params = parameters(engine, options)
+    params = parameters(engine, options, options.think)
     with Progress("reading", unit="tokens", min_seconds=QUIET_PREFILL_SECONDS) as progress:
         events = engine.session().chat(
             messages_for(question, options.system),
@@ -189,7 +188,8 @@ def describe(stats: Stats) -> str:
     prefill = f" {_rate(stats.prefill_tokens_per_second)}" if stats.prefill_tokens_per_second else ""
     decode = f" {_rate(stats.decode_tokens_per_second)}" if stats.decode_tokens_per_second else ""
     total = console.seconds(stats.prefill_seconds + stats.decode_seconds)
-    return f"prompt {stats.prompt_tokens:,} tokens{cached}{prefill}, answer {stats.generated_tokens:,} tokens{decode}, {total}"
+    prompt = f"prompt {stats.prompt_tokens:,} tokens{cached}{prefill}"
+    return f"{prompt}, answer {stats.generated_tokens:,} tokens{decode}, {total}"
 
 
 def _rate(value: float) -> str:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 EXAMPLES = "Examples:"
+PLAIN = (str, int, float, bool, Path)
 
 
 def split_examples(docstring: str) -> tuple[str, list[str]]:
@@ -31,7 +32,7 @@ class _Shared:
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for param in self.get_params(ctx):  # type: ignore[attr-defined]
             annotation = getattr(getattr(param, "type_descriptor", None), "annotation", None)
-            if annotation in (str, int, float, bool, Path) or _is_enum(annotation):
+            if annotation is not None and (annotation in PLAIN or _is_enum(annotation)):
                 converter = _Converter(annotation)
                 param.get_runtime_param = lambda found=converter: found
         return super().parse_args(ctx, args)  # type: ignore[misc]

@@ -5,6 +5,7 @@ Standard library alone (the chat's markdown is `repl`'s business). Knows no mode
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -22,9 +23,14 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 
 
 def prepare_streams() -> None:
-    """UTF-8 with plain newlines into pipes and files, whatever the locale; on a terminal what it can show."""
+    """UTF-8 with plain newlines into pipes and files, whatever the locale; on a terminal what it can show. A
+    stream that was closed swallows what is written to it."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if stream is None or not hasattr(stream, "reconfigure"):
+        if not isinstance(stream, io.TextIOWrapper):
             continue
         if is_terminal(stream):
             stream.reconfigure(errors="replace")
@@ -64,6 +70,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 0x20 else "\N{REPLACEMENT CHARACTER}", text)
 
 
+def well_formed(text: str) -> str:
+    """`text` from the command line, where bytes that are no UTF-8 come as lone surrogates, as text that encodes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def say(text: str = "") -> None:
     """A line of the answer, on stdout."""
     print(text)
@@ -71,14 +82,11 @@ def say(text: str = "") -> None:
 
 def note(text: str) -> None:
     """A line for the person, on stderr."""
-    if sys.stderr is not None:
-        print(printable(text), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def fail(message: str, hint: str = "") -> None:
     """The three parts of an error, on stderr: what happened, the numbers under it, what to type next."""
-    if sys.stderr is None:
-        return
     first, _, rest = printable(message).partition("\n")
     print(f"{styled('error:', '1;31', sys.stderr)} {first}", file=sys.stderr)
     if rest:
@@ -104,13 +112,8 @@ def _finite(value: Any) -> Any:
 
 def size(nbytes: float) -> str:
     """Bytes for people, in powers of 1024: "63.6 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024:
-            break
-        nbytes /= 1024
-    else:
-        unit = "TiB"
-    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.{1 if nbytes < 1000 else 0}f} {unit}"
+    unit, one = size_unit(nbytes)
+    return f"{nbytes:.0f} B" if one == 1 else f"{nbytes / one:,.1f} {unit}"
 
 
 def size_unit(nbytes: float) -> tuple[str, int]:

@@ -28,7 +28,7 @@ class Progress:
     def __init__(self, label: str, unit: str = "B", quiet: bool = False, min_seconds: float = 0.0) -> None:
         self._label, self._unit = label, unit
         self._bar = can_move(sys.stderr)
-        self._on = not quiet and sys.stderr is not None
+        self._on = not quiet
         self._gap = BAR_EVERY if self._bar else FIRST_LINE
         self._next = time.monotonic() + max(min_seconds, 0.0 if self._bar else FIRST_LINE)
         self._begun: tuple[float, int] | None = None

@@ -50,7 +50,8 @@ def bench_report(result: Any, *, as_json: bool) -> None:
                 ("prefill", f"{_speed(result.prefill)}, {result.prompt_tokens:,} tokens"),
                 ("decode", f"{_speed(result.decode)}, {result.gen_tokens:,} tokens"),
                 ("weights read", f"{console.decimal_size(result.achieved)}/s {of_memory}"),
-                ("memory reads", f"{console.decimal_size(result.read_bandwidth)}/s: {result.bandwidth_method}"),
+                ("memory reads", f"{console.decimal_size(result.read_bandwidth)}/s"),
+                ("measured as", result.bandwidth_method),
             ]
         )
     )

@@ -104,9 +104,7 @@ def rendered(messages: list[dataset.Message]) -> tuple[str, str]:
 
 def test_chat_format_without_thinking() -> None:
     text, wanted = rendered([dataset.Message("user", "Q"), dataset.Message("assistant", "A")])
-    assert (
-        text == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n"
-    )
+    assert text == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n"
     assert wanted == "A<|im_end|>"
 
 

@@ -49,7 +49,7 @@ def test_a_backend_can_be_forced(fake: types.ModuleType, monkeypatch: pytest.Mon
     monkeypatch.setenv(dispatch.ENV, "fake")
     assert dispatch.pick("conv") is dispatch.backends()["ref"].conv
     monkeypatch.setenv(dispatch.ENV, "warp")
-    with pytest.raises(ValueError, match="warp.*there are fake, ref"):
+    with pytest.raises(ValueError, match=r"warp.*there are fake, ref"):
         dispatch.pick("linear")
 
 

@@ -141,32 +141,44 @@ def test_copies_are_independent() -> None:
     assert (state.position, value_of(state)) == (7, {7.0})
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One query over all rows, by the book; two query heads a key head."""
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    weights = torch.einsum("thd,shd->ths", q, k).mul(0.25).softmax(-1)
+    return torch.einsum("ths,shd->thd", weights, v)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_plain_cache_rounds_once(dtype: torch.dtype) -> None:
-    cache = PlainKV(torch.zeros(6, 2, 8, dtype=dtype), torch.zeros(6, 2, 8, dtype=dtype))
-    k, v = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
-    cache.write(0, k[:1], v[:1])
-    keys, values = cache.write(1, k[1:], v[1:])
-    assert torch.equal(keys, k.to(dtype))
-    assert torch.equal(values, v.to(dtype))
-    assert keys.data_ptr() == cache.k.data_ptr()
+    cache = PlainKV(torch.full((6, 2, 8), torch.nan, dtype=dtype), torch.full((6, 2, 8), torch.nan, dtype=dtype))
+    k, v, q = torch.randn(4, 2, 8), torch.randn(4, 2, 8), torch.randn(4, 4, 8)
+    first = cache.attend(0, q[:1], k[:1], v[:1], 0.25)
+    last = cache.attend(1, q[1:], k[1:], v[1:], 0.25)[-1:]
+    assert torch.equal(cache.k[:4], k.to(dtype))
+    assert torch.equal(cache.v[:4], v.to(dtype))
+    assert cache.k[4:].isnan().all()
+    rounded_k, rounded_v = k.to(dtype).float(), v.to(dtype).float()
+    torch.testing.assert_close(first, attention(q[:1], rounded_k[:1], rounded_v[:1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, attention(q[3:], rounded_k, rounded_v), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_int8_cache(seed: int) -> None:
     """Within half a step of what was written (a step is the head's largest magnitude over 127), plus the
-    rounding of the scale to float16; a slice decodes its own rows."""
+    rounding of the scale to float16; a slice decodes its own rows; attention uses the decoded values."""
     generator = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(9, 2, 32, generator=generator) * torch.rand(9, 2, 1, generator=generator) for _ in "kv")
+    q = torch.randn(9, 4, 32, generator=generator)
     k[3] = 0
     cache = Int8KV(
-        torch.zeros(12, 2, 32, dtype=torch.int8),
-        torch.zeros(12, 2, 32, dtype=torch.int8),
-        torch.zeros(12, 2, dtype=torch.float16),
-        torch.zeros(12, 2, dtype=torch.float16),
+        torch.full((12, 2, 32), 99, dtype=torch.int8),
+        torch.full((12, 2, 32), 99, dtype=torch.int8),
+        torch.full((12, 2), torch.nan, dtype=torch.float16),
+        torch.full((12, 2), torch.nan, dtype=torch.float16),
     )
-    cache.write(0, k[:5], v[:5])
-    keys, values = cache.write(5, k[5:], v[5:])
+    cache.attend(0, q[:5], k[:5], v[:5], 0.25)
+    last = cache.attend(5, q[5:], k[5:], v[5:], 0.25)[-1:]
+    keys, values = cache.rows(9)
     for rows, want in ((keys, k), (values, v)):
         assert rows.shape == (9, 2, 32)
         step = want.abs().amax(-1, keepdim=True) / 127
@@ -174,3 +186,4 @@ def test_int8_cache(seed: int) -> None:
         assert ((got - want).abs() <= step * (0.5 + 127 * 2**-11 + 1e-6)).all()
         assert torch.equal(rows[2:4], got[2:4])
     assert torch.equal(keys[3:4], torch.zeros(1, 2, 32))
+    torch.testing.assert_close(last, attention(q[8:], keys[0:9], values[0:9]), rtol=1e-5, atol=1e-5)

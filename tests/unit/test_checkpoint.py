@@ -1,0 +1,230 @@
+"""Hugging Face folders, whole and hostile: every error is one clear sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from qwenrun.quant.errors import CheckpointError
+from qwenrun.quant.packfile.checkpoint import INDEX, Checkpoint
+from qwenrun.quant.packfile.safetensors import build_header, parse_header
+
+Maker = Callable[..., Path]
+
+
+def test_reads_what_safetensors_reads(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    folder = checkpoint_maker(tmp_path / "m", shards=3)
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    with Checkpoint.open(folder) as checkpoint:
+        assert set(checkpoint.tensors) == set(weight_map)
+        for name, shard in weight_map.items():
+            with safe_open(folder / shard, "pt") as file:
+                expected = file.get_tensor(name)
+            assert checkpoint.tensors[name][0] == tuple(expected.shape)
+            assert torch.equal(checkpoint.read(name), expected)
+            if expected.shape[0] > 2:
+                assert torch.equal(checkpoint.read(name, 1, 3), expected[1:3])
+
+
+def test_per_expert_tensors_read_as_fused(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    fused = checkpoint_maker(tmp_path / "a", shards=1)
+    split = checkpoint_maker(tmp_path / "b", per_expert=True)
+    with Checkpoint.open(fused) as a, Checkpoint.open(split) as b:
+        assert dict(a.tensors) == dict(b.tensors)
+        for name in a.tensors:
+            assert torch.equal(a.read(name), b.read(name)), name
+            if ".experts." in name:
+                assert torch.equal(a.read(name, 1, 3), b.read(name, 1, 3))
+
+
+def shard_of(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def test_truncated_shard(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    folder = checkpoint_maker(tmp_path / "m")
+    shard = shard_of(folder)
+    whole = shard.read_bytes()
+    for keep in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        shard.write_bytes(whole[:keep])
+        with pytest.raises(CheckpointError, match=shard.name) as caught:
+            Checkpoint.open(folder)
+        assert "again" in caught.value.hint
+    shard.write_bytes(whole + b"x")
+    with pytest.raises(CheckpointError, match="something was added"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", "", "..", 3, None])
+def test_index_that_points_elsewhere(tmp_path: Path, checkpoint_maker: Maker, name: object) -> None:
+    folder = checkpoint_maker(tmp_path / "m")
+    (tmp_path / "x.safetensors").write_bytes(shard_of(folder).read_bytes())
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no name of a shard"):
+        Checkpoint.open(folder)
+
+
+def test_link_out_of_the_folder(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    folder = checkpoint_maker(tmp_path / "m")
+    shard = shard_of(folder)
+    outside = tmp_path / "outside.safetensors"
+    shard.rename(outside)
+    shard.symlink_to(outside)
+    with pytest.raises(CheckpointError, match="link out"):
+        Checkpoint.open(folder)
+
+
+def test_the_hubs_cache_may_link_to_its_blobs(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    repo = tmp_path / "models--Qwen--Tiny"
+    folder = checkpoint_maker(repo / "snapshots" / "abc")
+    (repo / "blobs").mkdir()
+    for number, shard in enumerate(folder.glob("*.safetensors")):
+        blob = repo / "blobs" / str(number)
+        shard.rename(blob)
+        shard.symlink_to(blob)
+    with Checkpoint.open(folder) as checkpoint:
+        assert checkpoint.read("lm_head.weight").shape == (320, 128)
+
+
+def test_missing_files(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    folder = checkpoint_maker(tmp_path / "m")
+    shard = shard_of(folder)
+    shard.rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
+        Checkpoint.open(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(CheckpointError, match="has neither"):
+        Checkpoint.open(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        Checkpoint.open(folder)
+    with pytest.raises(CheckpointError, match="not a folder"):
+        Checkpoint.open(tmp_path / "nothing")
+
+
+def test_index_and_shards_that_disagree(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    folder = checkpoint_maker(tmp_path / "m")
+    original = json.loads((folder / INDEX).read_text())
+    for change, why in (
+        (lambda m: m.pop("lm_head.weight"), "does not place"),
+        (lambda m: m.update(x=shard_of(folder).name), "does not hold"),
+    ):
+        index = json.loads(json.dumps(original))
+        change(index["weight_map"])
+        (folder / INDEX).write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=why):
+            Checkpoint.open(folder)
+    for text in ("{", "[]", '{"weight_map": {}}', '{"weight_map": 3}'):
+        (folder / INDEX).write_text(text)
+        with pytest.raises(CheckpointError, match=INDEX):
+            Checkpoint.open(folder)
+
+
+def test_a_missing_expert(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint_maker(tmp_path / "m", per_expert=True, shards=1)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.language_model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.2\.up_proj\.weight is missing"):
+        Checkpoint.open(folder)
+
+
+def test_quantized_checkpoints_are_refused_by_name(tmp_path: Path, checkpoint_maker: Maker, tiny_config: dict) -> None:
+    tiny_config["quantization_config"] = {"quant_method": "fp8"}
+    folder = checkpoint_maker(tmp_path / "m", config=tiny_config)
+    with pytest.raises(CheckpointError, match=r"already quantized \(fp8\)"):
+        Checkpoint.open(folder)
+
+
+def header(entries: object, data: int = 16) -> tuple[bytes, int]:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return text, 8 + len(text) + data
+
+
+GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "why"),
+    [
+        ({"a": {**GOOD, "data_offsets": [0, 20]}}, "truncated"),
+        ({"a": {**GOOD, "data_offsets": [-4, 12]}}, "data at"),
+        ({"a": {**GOOD, "data_offsets": [16, 0]}}, "data at"),
+        ({"a": {**GOOD, "shape": [1 << 40, 1 << 40]}}, "bytes for"),
+        ({"a": {**GOOD, "shape": [-4]}}, "shape"),
+        ({"a": {**GOOD, "shape": [True, 4]}}, "shape"),
+        ({"a": {**GOOD, "shape": 4}}, "shape"),
+        ({"a": {**GOOD, "shape": [1 << 70]}}, "shape"),
+        ({"a": {**GOOD, "dtype": "F33"}}, "dtype"),
+        ({"a": {**GOOD, "dtype": ["F32"]}}, "dtype"),
+        ({"a": 3}, "not described"),
+        ({"a": {**GOOD, "shape": [2], "data_offsets": [8, 16]}}, "gap"),
+        ({"a": GOOD, "b": {**GOOD, "shape": [2], "data_offsets": [8, 16]}}, "overlap"),
+        ({}, "accounts for"),
+        (b'{"a": 1, "a": 2}', "twice"),
+        (b"[" * 100_000, "JSON"),
+        (b"[]", "not an object"),
+    ],
+)
+def test_hostile_headers(entries: object, why: str) -> None:
+    with pytest.raises(CheckpointError, match=why):
+        parse_header(*header(entries), "f")
+
+
+numbers = st.one_of(st.integers(-10, 300), st.sampled_from([1 << 31, 1 << 63, 1 << 64]), st.floats(), st.none())
+entry = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "F8_E4M3", "X"]),
+        "shape": st.lists(numbers, max_size=4),
+        "data_offsets": st.lists(numbers, max_size=3),
+    }
+)
+
+
+@given(st.dictionaries(st.text(max_size=3), st.one_of(entry, numbers)), st.integers(0, 300))
+@example({"a": GOOD}, 16)
+@settings(max_examples=500, deadline=None)
+def test_any_header_is_read_or_refused(entries: dict, data: int) -> None:
+    text, size = header(entries, data)
+    try:
+        found = parse_header(text, size, "f")
+    except CheckpointError:
+        return
+    taken = sorted((e.start, e.start + e.nbytes) for e in found.values())
+    assert sum(stop - start for start, stop in taken) == data
+    assert all(8 + len(text) <= start <= stop <= size for start, stop in taken)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    from qwenrun.quant.packfile.safetensors import read_header
+
+    path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_header(path)
+    path.write_bytes(struct.pack("<Q", len(content)) + content)
+    try:
+        assert read_header(path) == {}
+    except CheckpointError:
+        pass
+
+
+def test_built_header_is_read_back() -> None:
+    text, starts = build_header({"a": ("F32", (2, 3), 24), "b": ("U8", (5,), 5)})
+    found = parse_header(text[8:], len(text) + 29, "f")
+    assert {n: e.start for n, e in found.items()} == starts
+    assert len(text) % 64 == 0

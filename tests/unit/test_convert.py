@@ -1,0 +1,275 @@
+"""Conversion: same input, same bytes; nothing half-written; nothing dropped in silence."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwenrun.errors import ModelError
+from qwenrun.kernels.ops import decode
+from qwenrun.quant.errors import CheckpointError, RecipeError, StorageError
+from qwenrun.quant.packfile.layout import MANIFEST
+from qwenrun.quant.packfile.reader import PackReader, read_manifest, verify
+
+Maker, Quantize = Callable[..., Path], Callable[..., Any]
+
+
+def contents(pack: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(pack.iterdir())}
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "nvfp4", "int4"])
+def test_twice_gives_the_same_bytes(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, recipe: str) -> None:
+    source = checkpoint_maker(tmp_path / "m")
+    quantize(source, tmp_path / "a", recipe, threads=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        quantize(source, tmp_path / "b", recipe, threads=3)
+    finally:
+        torch.set_num_threads(threads)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_the_form_of_the_checkpoint_leaves_no_trace(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize
+) -> None:
+    """Fused or per expert, in one file or five: the same pack, but for where it says it came from."""
+    packs = []
+    for number, form in enumerate(({"shards": 1}, {"shards": 5}, {"per_expert": True})):
+        source = checkpoint_maker(tmp_path / str(number) / "m", **form)
+        quantize(source, tmp_path / f"pack{number}")
+        found = contents(tmp_path / f"pack{number}")
+        manifest = json.loads((tmp_path / f"pack{number}" / MANIFEST).read_text())
+        del manifest["source"], manifest["manifest_sha256"], found[MANIFEST]
+        packs.append((found, manifest))
+    assert packs[0] == packs[1] == packs[2]
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "nvfp4", "int4", "bf16"])
+def test_every_tensor_is_there_and_near(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, recipe: str
+) -> None:
+    from qwenrun.quant.packfile.checkpoint import Checkpoint
+
+    source = checkpoint_maker(tmp_path / "m", per_expert=True)
+    report = quantize(source, tmp_path / "p", recipe)
+    rows = {row.name: row for row in report.rows}
+    with Checkpoint.open(source) as checkpoint, PackReader.open(tmp_path / "p") as pack:
+        assert set(pack.tensors) == set(checkpoint.tensors) == set(rows)
+        for name, entry in pack.tensors.items():
+            original = checkpoint.read(name).float()
+            if entry.info.is_experts:
+                block = pack.experts(name.rpartition(".")[0])
+                stored = decode(block.gate_up if name.endswith("gate_up_proj") else block.down)
+            else:
+                stored = pack.tensor(name).float() if entry.assignment.spec is None else decode(pack.weight(name))
+            error = ((stored - original).norm() / original.norm()).item()
+            if entry.assignment.spec is None:
+                assert error == 0
+                assert rows[name].sqnr_db is None
+            else:
+                bound = {"int8": 0.01, "int4": 0.12, "e2m1": 0.12}[entry.spec.codes]
+                assert 0 < error < bound, name
+                assert rows[name].nmse == pytest.approx(error**2, rel=1e-3)
+    if recipe != "bf16":
+        assert "int4-g64 instead of int4-g128" in rows["mtp.layers.0.mlp.experts.down_proj"].note or recipe == "nvfp4"
+    assert report.pack_bytes == sum(p.stat().st_size for p in (tmp_path / "p").iterdir())
+    json.dumps(report.to_json())
+
+
+def test_provenance(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    source = checkpoint_maker(tmp_path / "models--Qwen--Tiny-1B" / "snapshots" / "0123abc")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "notes.txt").write_text("not ours to copy")
+    quantize(source, tmp_path / "p", tool="qwenrun 9")
+    manifest = read_manifest(tmp_path / "p")
+    assert manifest.tool == "qwenrun 9"
+    assert manifest.source["repo"] == "Qwen/Tiny-1B"
+    assert manifest.source["revision"] == "0123abc"
+    for name, entry in manifest.source["files"].items():
+        assert hashlib.sha256((source / name).read_bytes()).hexdigest() == entry["sha256"]
+    assert (tmp_path / "p" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "p" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("where", ["lm_head.weight", "layers.0.mlp.experts.down_proj", "norm.weight", "mtp.fc.weight"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_refused_and_nothing_left(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, where: str, bad: float
+) -> None:
+    def change(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name.endswith(where):
+            value.view(-1)[-1] = bad
+        return value
+
+    source = checkpoint_maker(tmp_path / "m", change=change)
+    with pytest.raises(CheckpointError, match="NaN or infinite") as caught:
+        quantize(source, tmp_path / "p")
+    assert where in caught.value.message
+    assert left_behind(tmp_path) == ["m"]
+
+
+def test_zero_rows_are_a_warning(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    def change(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name.endswith("layers.1.mlp.experts.down_proj"):
+            value[2, :5] = 0
+        return value
+
+    report = quantize(checkpoint_maker(tmp_path / "m", change=change), tmp_path / "p")
+    zero = [row for row in report.rows if row.zero_rows]
+    assert [(row.name.split(".")[3], row.zero_rows) for row in zero] == [("1", 5)]
+    assert any("5 rows of zeros" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("drop", "missing"),
+    [
+        (lambda n: n == "lm_head.weight", "lm_head.weight"),
+        (lambda n: n == "mtp.norm.weight", "mtp.norm.weight"),
+        (lambda n: n.endswith("blocks.0.norm1.bias"), "blocks.0.norm1.bias"),
+        (lambda n: ".layers.1.mlp.experts." in n, "layers.1.mlp.experts.gate_up_proj"),
+    ],
+)
+def test_missing_tensors_are_named(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, drop: Callable[[str], bool], missing: str
+) -> None:
+    with pytest.raises(ModelError, match="missing") as caught:
+        quantize(checkpoint_maker(tmp_path / "m", drop=drop), tmp_path / "p")
+    assert missing in caught.value.message
+
+
+def test_left_over_tensors_are_named(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, tiny_config: dict
+) -> None:
+    source = checkpoint_maker(tmp_path / "m")
+    tiny_config["tie_word_embeddings"] = True
+    (source / "config.json").write_text(json.dumps(tiny_config))
+    with pytest.raises(ModelError, match=r"1 not known: lm_head\.weight"):
+        quantize(source, tmp_path / "p")
+    tiny_config["tie_word_embeddings"] = False
+    tiny_config["text_config"]["vocab_size"] = 321
+    (source / "config.json").write_text(json.dumps(tiny_config))
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight is \[320, 128\], not \[321, 128\]"):
+        quantize(source, tmp_path / "p")
+
+
+def test_whole_groups_may_be_absent_and_it_is_said(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    source = checkpoint_maker(tmp_path / "m", drop=lambda n: n.startswith(("mtp.", "model.visual.")))
+    report = quantize(source, tmp_path / "p")
+    assert len(report.notes) == 2
+    assert read_manifest(tmp_path / "p").notes == report.notes
+
+
+def test_existing_output(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    source, out = checkpoint_maker(tmp_path / "m"), tmp_path / "p"
+    quantize(source, out)
+    before = contents(out)
+    with pytest.raises(StorageError, match="exists already"):
+        quantize(source, out, "int4")
+    assert contents(out) == before
+    quantize(source, out, "int4", force=True)
+    assert read_manifest(out).recipe["name"] == "int4"
+    verify(out)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    with pytest.raises(StorageError, match="not a pack"):
+        quantize(source, precious, force=True)
+    assert (precious / "thesis.txt").read_text() == "years"
+    assert left_behind(tmp_path) == ["m", "p", "precious"]
+
+
+def test_force_keeps_the_old_pack_when_it_fails(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    def spoil(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value * float("nan") if name == "lm_head.weight" else value
+
+    out = tmp_path / "p"
+    quantize(checkpoint_maker(tmp_path / "m"), out)
+    with pytest.raises(CheckpointError):
+        quantize(checkpoint_maker(tmp_path / "bad", change=spoil), out, force=True)
+    verify(out)
+    assert left_behind(tmp_path) == ["bad", "m", "p"]
+
+
+def test_disk_too_small_is_known_beforehand(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint_maker(tmp_path / "m")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(StorageError, match="1,000 are free"):
+        quantize(source, tmp_path / "p")
+    assert left_behind(tmp_path) == ["m"]
+
+
+def test_disk_that_fills_up_meanwhile(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint_maker(tmp_path / "m")
+    real, calls = os.pwrite, []
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        calls.append(1)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        quantize(source, tmp_path / "p")
+    assert "free some space" in caught.value.hint
+    assert left_behind(tmp_path) == ["m"]
+
+
+def test_interruption_leaves_nothing(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    def stop(done: int, total: int, name: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(checkpoint_maker(tmp_path / "m"), tmp_path / "p", progress=stop)
+    assert left_behind(tmp_path) == ["m"]
+
+
+def test_a_rule_on_a_vector_stops_before_work(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[[rules]]\nmatch = "*"\nformat = "int8-g32"\n')
+    with pytest.raises(RecipeError, match="no matrix"):
+        quantize(checkpoint_maker(tmp_path / "m"), tmp_path / "p", str(recipe))
+    assert left_behind(tmp_path) == ["m", "r.toml"]
+
+
+def test_large_tensors_are_cut_without_a_trace(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenrun.quant import convert
+
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[[rules]]\nmatch = ["*_proj.weight", "lm_head.weight", "*.experts.*"]\nformat = "nvfp4"\n')
+    source = checkpoint_maker(tmp_path / "m")
+    quantize(source, tmp_path / "a", str(recipe))
+    monkeypatch.setattr(convert, "PIECE_VALUES", 128 * 13)
+    quantize(source, tmp_path / "b", str(recipe))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_progress_reaches_the_end(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    seen: list[tuple[int, int, str]] = []
+    quantize(checkpoint_maker(tmp_path / "m"), tmp_path / "p", progress=lambda *step: seen.append(step))
+    done = [step[0] for step in seen]
+    assert done == sorted(done)
+    assert done[-1] == seen[-1][1]
