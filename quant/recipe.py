@@ -68,9 +68,6 @@ class Rule:
     match: str
     format: str
 
-    def applies(self, name: str) -> bool:
-        return re.match(translate(self.match), name) is not None
-
 
 @dataclass(frozen=True, slots=True)
 class Assignment:

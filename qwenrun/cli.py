@@ -112,7 +112,7 @@ def quantize(
 
     Examples:
         qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack
-        qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack --recipe mine.toml --json > report.json
+        qwenrun quantize SRC -o PACK --recipe mine.toml --json > report.json
     """
     from qwenrun.quant.convert import convert
     from qwenrun.ui.quantize import quantize
@@ -263,7 +263,7 @@ def bench(
 
     Examples:
         qwenrun bench -m 35b.pack
-        qwenrun bench -m 35b.pack --prompt-tokens 2048 --gen-tokens 128 --runs 5 --json
+        qwenrun bench -m 35b.pack --prompt-tokens 2048 --gen-tokens 128 --json
     """
     from qwenrun.measure.bench import bench
     from qwenrun.measure.machine import available_memory

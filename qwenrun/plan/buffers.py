@@ -6,7 +6,7 @@ Weights are counted as they lie in a pack. The workspace is an estimate, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -179,12 +179,3 @@ def read_per_token(config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assig
         elif not info.part.startswith(("mtp", "vision")):
             total += size
     return round(total)
-
-
-def assign_all(
-    inventory: Iterable[TensorInfo], assign: Mapping[str, Assignment] | None, recipe: object = None
-) -> list[tuple[TensorInfo, Assignment]]:
-    """Pair every tensor with how it is stored: as `assign` says by name, else as `recipe.assign` does."""
-    if assign is not None:
-        return [(info, assign[info.name]) for info in inventory]
-    return [(info, recipe.assign(info)) for info in inventory]  # type: ignore[attr-defined]

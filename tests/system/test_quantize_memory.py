@@ -16,7 +16,7 @@ import numpy as np
 
 GIGABYTES = float(os.environ.get("QWENRUN_TEST_QUANTIZE_GB", "0.4"))
 # Beyond what importing torch takes: pieces of 32 MiB in float32 with their temporaries, for two threads.
-BOUND = 1 << 30
+BOUND = 1 << 29
 
 CHILD = """
 import resource, sys

@@ -39,12 +39,10 @@ class Tty(io.StringIO):
 
 @pytest.fixture
 def tty(monkeypatch: pytest.MonkeyPatch) -> Tty:
-    """stdout as a capable terminal."""
+    """A capable terminal. A test makes it stdout itself: pytest puts its own there after the fixtures."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    stream = Tty()
-    monkeypatch.setattr(sys, "stdout", stream)
-    return stream
+    return Tty()
 
 
 # -- words ----------------------------------------------------------------------------------------------------
@@ -170,9 +168,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tty: Tty, clock: S
     assert drawn.endswith("\r\x1b[2K")
 
 
-def test_plain_lines_elsewhere_and_ever_fewer(
-    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
-) -> None:
+def test_plain_lines_elsewhere_and_ever_fewer(capsys: pytest.CaptureFixture[str], clock: SimpleNamespace) -> None:
     with Progress("work", unit="questions") as progress:
         for done in range(3600):
             progress(done, 3600)
@@ -271,6 +267,7 @@ def test_an_answer_is_rendered_once_however_it_comes(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("LINES", "12")
     monkeypatch.setattr(screen, "REDRAW_EVERY", 0.0)
+    monkeypatch.setattr(sys, "stdout", tty)
     view = screen.make_view()
     assert isinstance(view, screen.MarkdownView)
     for char in ANSWER:
@@ -286,7 +283,8 @@ def test_an_answer_is_rendered_once_however_it_comes(monkeypatch: pytest.MonkeyP
     assert [i for i, line in enumerate(shown) if "The end." in line] == [len(shown) - 2]
 
 
-def test_reasoning_is_dim_and_apart(tty: Tty) -> None:
+def test_reasoning_is_dim_and_apart(monkeypatch: pytest.MonkeyPatch, tty: Tty) -> None:
+    monkeypatch.setattr(sys, "stdout", tty)
     view = screen.make_view()
     for token in (Token(1, "why", "reasoning"), Token(2, "\x1b[2J", "reasoning"), Token(3, "because", "answer")):
         view.token(token)
@@ -297,6 +295,7 @@ def test_reasoning_is_dim_and_apart(tty: Tty) -> None:
 
 def test_plain_text_where_colour_is_not_wanted(monkeypatch: pytest.MonkeyPatch, tty: Tty) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", tty)
     view = screen.make_view()
     assert not isinstance(view, screen.MarkdownView)
     view.token(Token(1, "**why**", "reasoning"))
@@ -363,7 +362,8 @@ def test_the_answer_ends_with_one_newline(text: str, out: str, capsys: pytest.Ca
     assert capsys.readouterr().out == out
 
 
-def test_a_terminal_gets_no_control_character_of_the_answer(tty: Tty) -> None:
+def test_a_terminal_gets_no_control_character_of_the_answer(monkeypatch: pytest.MonkeyPatch, tty: Tty) -> None:
+    monkeypatch.setattr(sys, "stdout", tty)
     ask(FakeEngine(said("a\x1b[2J")))
     assert tty.getvalue() == "a␛[2J\n"
 
@@ -662,7 +662,10 @@ def test_a_report_of_many_layers_stays_short() -> None:
     assert len(lines) < 20
     experts = next(line for line in lines if line.startswith("mlp.experts.down_proj"))
     assert experts.split()[1:] == ["int4", "48", "48.0", "KiB", "4.000", "33.5", "10.0"]
-    assert next(line for line in lines if line.startswith("norm (exact)")).split()[-5:] == "bf16 96 384.0 KiB 16.000".split()
+    assert (
+        next(line for line in lines if line.startswith("norm (exact)")).split()[-5:]
+        == "bf16 96 384.0 KiB 16.000".split()
+    )
     worst = lines[lines.index("worst:") + 3 :][:5]
     assert [line.split()[2] for line in worst] == ["10.0", "11.0", "12.0", "13.0", "14.0"]
 
@@ -789,7 +792,9 @@ def test_every_command_has_help_with_its_example_first(
         assert run_main(monkeypatch, *arguments) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "Examples:"
-        assert lines[1].startswith(f"  qwenrun {arguments[0] if len(arguments) and arguments[0] in names else ''}".rstrip())
+        assert lines[1].startswith(
+            f"  qwenrun {arguments[0] if len(arguments) and arguments[0] in names else ''}".rstrip()
+        )
         assert max(len(line) for line in lines) <= 80
 
 
