@@ -76,7 +76,7 @@ def convert(
     entries = {info.name: TensorEntry(info, recipe.assign(info)) for info in inventory}
     side_files = {name: checkpoint.folder / name for name in SIDE_FILES if (checkpoint.folder / name).is_file()}
     input_bytes = sum(prod(info.shape) * DTYPE_BYTES[info.dtype] for info in inventory)
-    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or usable_cpus()
 
     done, lock = 0, threading.Lock()
 
@@ -113,6 +113,13 @@ def convert(
     pack_bytes = sum(file.stat().st_size for file in out.iterdir())
     seconds = time.perf_counter() - started
     return Report(str(out), recipe.name, rows, input_bytes, pack_bytes, seconds, tuple(notes))
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _format_name(entry: TensorEntry) -> str:

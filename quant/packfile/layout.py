@@ -184,9 +184,10 @@ def parse_manifest(data: object, where: str) -> Manifest:
             _SAFE_NAME.fullmatch(name) is not None and name != MANIFEST,
             f"{name!r} is no name for a file of a pack",
         )
-        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        good = type(size) is int and size >= 0 and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
-        need(bool(good), f"{name}: no size and sha256")
+        entry = entry if isinstance(entry, dict) else {}
+        size, digest = entry.get("bytes", -1), entry.get("sha256", "")
+        good = type(size) is int and size >= 0 and isinstance(digest, str)
+        need(good and re.fullmatch("[0-9a-f]{64}", digest) is not None, f"{name}: no size and sha256")
         files[name] = (size, digest)
     tensors = {name: _entry(name, entry, need) for name, entry in data["tensors"].items()}
     return Manifest(data["config"], data["recipe"], data["source"], data["tool"], tuple(notes), tensors, files)

@@ -174,7 +174,8 @@ class PackReader:
                 for piece in layout.slices
                 if piece.kind == kind
             }
-            stacks.append(Weight.from_parts(entry.spec, *entry.info.shape[1:], parts))
+            _, rows, cols = entry.info.shape
+            stacks.append(Weight.from_parts(entry.spec, rows, cols, parts))
         return ExpertBlock(stacks[0], stacks[1], layout.record_size, self.path / name)
 
     def bytes_by_part(self) -> dict[str, int]:

@@ -89,12 +89,13 @@ def parse_header(text: bytes, file_size: int, where: str) -> dict[str, Entry]:
             raise fail(f"{name}: not described")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         width = _SIZES.get(dtype) if isinstance(dtype, str) else None
-        if width is None:
+        if not isinstance(dtype, str) or width is None:
             raise fail(f"{name}: unknown dtype {dtype!r}")
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
             raise fail(f"{name}: shape {shape!r}")
-        good = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
-        if not good or not 0 <= offsets[0] <= offsets[1] <= file_size - base:
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+            raise fail(f"{name}: data at {offsets!r}")
+        if not 0 <= offsets[0] <= offsets[1] <= file_size - base:
             raise fail(f"{name}: data at {offsets!r} in {max(0, file_size - base):,} bytes of data (truncated?)")
         if len(shape) > 16 or prod(shape) * width != offsets[1] - offsets[0]:
             raise fail(f"{name}: {offsets[1] - offsets[0]:,} bytes for {dtype} {shape}")
@@ -117,15 +118,15 @@ def build_header(tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> tuple[
 
     Padded with spaces, so that the data begins at a multiple of 64 bytes.
     """
-    header, offset = {}, 0
+    header, begins, offset = {}, {}, 0
     for name, (dtype, shape, size) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        begins[name] = offset
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     base = 8 + len(text)
-    starts = {name: base + entry["data_offsets"][0] for name, entry in header.items()}
-    return len(text).to_bytes(8, "little") + text, starts
+    return len(text).to_bytes(8, "little") + text, {name: base + begin for name, begin in begins.items()}
 
 
 def read_tensor(descriptor: int, entry: Entry, start: int = 0, stop: int | None = None) -> Tensor:

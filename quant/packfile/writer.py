@@ -12,11 +12,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from qwenrun.kernels.spec import DTYPE_BYTES
 from qwenrun.kernels.weight import Weight
 from qwenrun.quant.errors import StorageError
 from qwenrun.quant.packfile.layout import (
@@ -69,16 +72,14 @@ class PackWriter:
             if entry.info.is_experts:
                 continue
             if entry.assignment.spec is None:
-                width = 4 if entry.info.dtype == "F32" else 2
-                count = 1
-                for n in entry.info.shape:
-                    count *= n
-                planned[name] = (entry.info.dtype, entry.info.shape, count * width)
+                size = prod(entry.info.shape) * DTYPE_BYTES[entry.info.dtype]
+                planned[name] = (entry.info.dtype, entry.info.shape, size)
             else:
                 rows, cols = entry.info.shape
                 for part in entry.spec.parts(rows, cols, entry.info.tensor_scales):
                     planned[f"{name}.{part.name}"] = (part.dtype, part.shape, part.nbytes)
-        return planned
+        # The widest first, so that every tensor begins at a multiple of its own width and can be mapped.
+        return dict(sorted(planned.items(), key=lambda item: -DTYPE_BYTES[item[1][0]]))
 
     def _plan_experts(self) -> dict[str, tuple[ExpertLayout, int]]:
         pairs: dict[str, dict] = {}
@@ -197,10 +198,7 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    import torch
-
-    flat = tensor.contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _row_bytes(tensor: Tensor) -> int:

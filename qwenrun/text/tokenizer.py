@@ -56,7 +56,8 @@ class Tokenizer:
             raise ModelError(f"{path} is not a byte-level BPE tokenizer", hint="download the file again")
         controls = {}
         for token in added if isinstance(added, list) else [None]:
-            content, number = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+            token = token if isinstance(token, dict) else {}
+            content, number = token.get("content"), token.get("id")
             if not isinstance(content, str) or not content or type(number) is not int or not 0 <= number < 1 << 24:
                 raise ModelError(f"{path}: {token!r} is not an added token", hint="download the file again")
             controls[content] = (number, bool(token.get("special")))

@@ -18,7 +18,6 @@ COLD = [
     "qwenrun.model.config",
     "qwenrun.model.inventory",
     "qwenrun.plan.buffers",
-    "qwenrun.plan.planner",
     "qwenrun.quant",
     "qwenrun.quant.errors",
     "qwenrun.quant.formats",

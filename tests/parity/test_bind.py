@@ -100,6 +100,20 @@ def test_an_unknown_architecture(tiny: Callable[..., Any], tmp_path: Path) -> No
         Engine.open(tmp_path)
 
 
+@pytest.mark.parametrize("mtp", [False, True])
+def test_what_is_not_held_is_not_planned(tiny: Callable[..., Any], mtp: bool) -> None:
+    model = tiny("moe-2x-per-expert")
+    left_out = ("model.visual.",) if mtp else ("model.visual.", "mtp.")
+    held = sum(t.numel() * t.element_size() for n, t in model.tensors.items() if not n.startswith(left_out))
+    with Engine.open(model.folder, ctx=32, mtp=mtp) as engine:
+        planned = [b for b in engine.buffers() if b.part != "workspace" and not b.name.startswith("sequence")]
+        routed = sum(b.nbytes for b in planned if b.part.endswith("routed"))
+        # A layer's experts are counted as a pack has them, in records padded to 4 KiB.
+        assert 0 <= sum(b.nbytes for b in planned) - held < 4096 * 7 * (5 + mtp)
+        assert routed % 4096 == 0
+        assert engine.session().nbytes == sum(b.nbytes for b in engine.buffers() if b.name.startswith("sequence"))
+
+
 def make_pack(folder: Path, out: Path, recipe: str) -> Path:
     with Checkpoint.open(folder) as checkpoint:
         matched = match(ModelConfig.from_folder(folder), checkpoint.tensors, str(folder))

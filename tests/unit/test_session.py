@@ -381,6 +381,16 @@ def test_an_interrupt_and_then_a_snapshot_or_a_chat(engine: Engine, monkeypatch:
 # -- generating ----------------------------------------------------------------------------------------------
 
 
+def test_logits_are_the_callers(engine: Engine) -> None:
+    """They may be changed in place, and the next ones are not affected."""
+    s = engine.session()
+    logits = s.prefill([1, 2, 3])
+    kept = logits.clone()
+    logits[5:] = -torch.inf
+    s.rollback(1)
+    assert_close(s.step(3), kept)
+
+
 def test_generate_is_prefill_and_steps(engine: Engine) -> None:
     ids = random_ids(30, seed=8)
     s = engine.session()
@@ -540,6 +550,21 @@ def test_asking_again_reuses_all_of_the_history(engine: Engine) -> None:
     again = finish(s.chat(messages, params=GREEDY, max_tokens=10))[1]
     assert again.ids == first.ids
     assert again.stats.cached_tokens == len(engine.tokenizer.encode_parts(_render(messages, True, False)))
+
+
+def test_a_prompt_that_is_held_already(engine: Engine) -> None:
+    """There must be something left to compute: the logits after a prompt are not kept."""
+    messages = [user("a question")]
+    prompt = engine.tokenizer.encode_parts(_render(messages, True, True))
+    want = finish(engine.session().chat(messages, think=True, params=GREEDY, max_tokens=8))[1]
+    s = engine.session()
+    s.prefill(prompt[:-1])
+    s.checkpoint()
+    s.step(prompt[-1])
+    s.checkpoint()
+    done = finish(s.chat(messages, think=True, params=GREEDY, max_tokens=8))[1]
+    assert done.ids == want.ids
+    assert done.stats.cached_tokens == len(prompt) - 1
 
 
 def test_another_conversation_starts_over(engine: Engine) -> None:

@@ -664,7 +664,7 @@ def test_a_report_of_many_layers_stays_short() -> None:
     assert experts.split()[1:] == ["int4", "48", "48.0", "KiB", "4.000", "33.5", "10.0"]
     assert (
         next(line for line in lines if line.startswith("norm (exact)")).split()[-5:]
-        == "bf16 96 384.0 KiB 16.000".split()
+        == ["bf16", "96", "384.0", "KiB", "16.000"]
     )
     worst = lines[lines.index("worst:") + 3 :][:5]
     assert [line.split()[2] for line in worst] == ["10.0", "11.0", "12.0", "13.0", "14.0"]
@@ -693,9 +693,9 @@ def test_a_plan_that_does_not_fit_is_refused(checkpoint_maker: Any, tmp_path: Pa
     folder = checkpoint_maker(tmp_path / "tiny")
     check_memory(folder, ctx=256, kv="bf16", budget=None, available=None)
     check_memory(folder, ctx=256, kv="bf16", budget=1 << 30, available=0)
-    with pytest.raises(DoesNotFitError, match="--budget is 1.0 MiB"):
+    with pytest.raises(DoesNotFitError, match=r"--budget is 1\.0 MiB"):
         check_memory(folder, ctx=256, kv="bf16", budget=1 << 20, available=1 << 40)
-    with pytest.raises(DoesNotFitError, match="free memory is 1.0 MiB") as error:
+    with pytest.raises(DoesNotFitError, match=r"free memory is 1\.0 MiB") as error:
         check_memory(folder, ctx=256, kv="bf16", budget=None, available=1 << 20)
     assert "qwenrun vram" in error.value.hint
 
