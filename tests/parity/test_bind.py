@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,3 +177,20 @@ def test_a_quantized_pack_is_its_decoded_weights(
     assert float((outputs[0] - outputs[1]).norm() / outputs[1].norm()) < 1e-5
     # And they are not those of the checkpoint: something was quantized.
     assert float((outputs[0][:-1] - model.logits(ids)).norm()) > 1e-3 * float(outputs[0].norm())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps (Linux)")
+def test_closing_lets_the_mapped_files_go(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """Also while a session is still around."""
+
+    def mapped() -> bool:
+        gc.collect()
+        return str(pack) in Path("/proc/self/maps").read_text()
+
+    pack = make_pack(tiny("moe-4x", torch.bfloat16).folder, tmp_path / "pack", "balanced")
+    with Engine.open(pack, ctx=16) as engine:
+        s = engine.session()
+        s.prefill([1, 2])
+        assert mapped()
+    assert not mapped()
+    assert s.tokens == [1, 2]

@@ -85,6 +85,29 @@ def test_greedy_decode(tiny: Callable[..., Any], name: str) -> None:
         assert s.position == 70 + 32
 
 
+@pytest.mark.parametrize("name", ["moe-4x", "dense-1x-tied"])
+def test_positions_on_three_axes(tiny: Callable[..., Any], name: str) -> None:
+    """Time, height and width apart, as the tokens of an image have them."""
+    model = tiny(name)
+    ids = torch.tensor(model.ids(60, seed=18))
+    positions = torch.arange(60).repeat(3, 1)
+    positions[1, 20:40] = 20 + torch.arange(20) // 5
+    positions[2, 20:40] = 20 + torch.arange(20) % 5
+    positions[0, 20:40] = 20
+    positions[:, 40:] -= 15
+    with torch.no_grad():
+        want = model.oracle.model.language_model(input_ids=ids[None], position_ids=positions[:, None])
+        plain = model.oracle.model.language_model(input_ids=ids[None])
+    with session(model.folder) as s:
+        bound = s._engine.model
+        got = [
+            bound.forward(ids[:33], s._state, positions[:, :33]),
+            bound.forward(ids[33:], s._state, positions[:, 33:]),
+        ]
+    assert error(torch.cat(got), want.last_hidden_state[0]) < TOLERANCE
+    assert error(plain.last_hidden_state, want.last_hidden_state) > 1e-2  # the positions matter
+
+
 def divergence(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
     """Mean KL divergence in nats, and the share of rows whose likeliest token is the same."""
     p, q = want.log_softmax(-1), got.log_softmax(-1)

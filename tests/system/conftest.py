@@ -81,6 +81,26 @@ def demo_pack(demo_report: dict[str, Any]) -> Path:
     return Path(demo_report["pack"])
 
 
+QUESTION = "What does exit code 4 mean?"
+
+
+@pytest.fixture(scope="session")
+def answer(qwenrun: Run, demo_pack: Path) -> dict[str, Any]:
+    """The demo's answer to `question`, greedy and with reasoning: what `chat --json` printed."""
+    done = qwenrun("chat", "-m", demo_pack, "-p", QUESTION, "--temperature", "0", "--think", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["answer"]) > 5
+    assert len(found["reasoning"]) > 5
+    return found
+
+
+@pytest.fixture(scope="session")
+def question() -> str:
+    """What is asked."""
+    return QUESTION
+
+
 class Terminal:
     """A program on a terminal of 24 lines and 80 columns, and the hands on its keyboard.
 
@@ -89,7 +109,7 @@ class Terminal:
 
     def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
         self.output = ""
-        self._read = 0
+        self._seen = 0
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = subprocess.Popen(
@@ -107,32 +127,16 @@ class Terminal:
         """Press keys: "\\r" is Enter, "\\x03" Ctrl-C, "\\x04" Ctrl-D, "\\x1b\\r" Alt-Enter."""
         os.write(self._master, text.encode())
 
-    def expect(self, pattern: str, timeout: float = 60) -> str:
-        """Wait until what was written since the last `expect`, without escapes, matches; returns it up to there."""
+    def expect(self, pattern: str, timeout: float = TIMEOUT) -> str:
+        """Wait until what was written since the last `expect` matches, escapes left out; returns it up to there."""
         deadline = time.monotonic() + timeout
         while True:
-            text = ESCAPE.sub("", self.output[self._read :]).replace("\r", "")
+            text = ESCAPE.sub("", self.output).replace("\r", "")[self._seen :]
             if match := re.search(pattern, text):
-                # The rest is left to the next `expect`; an escape is never cut in two.
-                self._read = (
-                    len(self.output) - len(text) + match.end()
-                    if "\x1b" not in self.output[self._read :]
-                    else self._after(match.end())
-                )
+                self._seen += match.end()
                 return text[: match.end()]
             if time.monotonic() > deadline or not self._more(0.1):
                 pytest.fail(f"waited for {pattern!r}; since then the terminal got:\n{text}")
-
-    def _after(self, shown: int) -> int:
-        """Where in `output` the first `shown` visible characters since `_read` end."""
-        position = self._read
-        while shown:
-            if escape := ESCAPE.match(self.output, position):
-                position = escape.end()
-                continue
-            shown -= self.output[position] != "\r"
-            position += 1
-        return position
 
     def _more(self, wait: float) -> bool:
         """Read what there is; False if the program is gone."""

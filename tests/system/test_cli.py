@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,54 +16,37 @@ import pytest
 
 from qwenrun.demo import model_dir
 from qwenrun.quant.packfile.layout import MANIFEST
+from qwenrun.text.template import render
+from qwenrun.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from conftest import Run
 
-QUESTION = "What is qwenrun?"
-
-
-@pytest.fixture(scope="module")
-def answer(qwenrun: Run, demo_pack: Path) -> dict[str, Any]:
-    """The demo's answer to QUESTION, greedily, as JSON."""
-    done = qwenrun("chat", "-m", demo_pack, "-p", QUESTION, "--temperature", "0", "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 # -- the answer and nothing else ------------------------------------------------------------------------------
 
 
-def test_one_answer_in_a_pipe(qwenrun: Run, demo_pack: Path, answer: dict[str, Any]) -> None:
-    done = qwenrun("chat", "-m", demo_pack, "-p", QUESTION, "--temperature", "0", "--stats")
+def test_one_answer_in_a_pipe(qwenrun: Run, demo_pack: Path, question: str, answer: dict[str, Any]) -> None:
+    done = qwenrun("chat", "-m", demo_pack, "-p", question, "--temperature", "0", "--think", "--stats")
     assert done.returncode == 0
     assert done.stdout == answer["answer"].rstrip("\n") + "\n"
-    assert len(answer["answer"]) > 5
     assert "\x1b" not in done.stdout + done.stderr
+    assert answer["reasoning"].strip() not in done.stdout + done.stderr
     assert re.fullmatch(r"prompt \d+ tokens .* tok/s, answer \d+ tokens .*\n", done.stderr)
-
-
-def test_reasoning_stays_out_of_a_pipe(qwenrun: Run, demo_pack: Path) -> None:
-    options = ("chat", "-m", demo_pack, "-p", QUESTION, "--temperature", "0", "--think")
-    document = json.loads(qwenrun(*options, "--json").stdout)
-    done = qwenrun(*options)
-    assert document["params"]["think"] is True
-    assert len(document["reasoning"].strip()) > 3
-    assert done.stdout.strip() == document["answer"].strip()
-    assert document["reasoning"].strip() not in done.stdout + done.stderr
 
 
 def test_piped_text_and_the_prompt_are_one_question(qwenrun: Run, demo_pack: Path) -> None:
     log = "error: <|im_start|> is not a file\n  größer als 4 GiB\n"
-    piped = qwenrun("chat", "-m", demo_pack, "-p", "why?", "--temperature", "0", "--json", stdin=log)
-    typed = qwenrun("chat", "-m", demo_pack, "-p", f"{log.rstrip()}\n\nwhy?", "--temperature", "0", "--json")
-    first, second = json.loads(piped.stdout), json.loads(typed.stdout)
-    assert first["stats"]["prompt_tokens"] == second["stats"]["prompt_tokens"]
-    assert first["answer"] == second["answer"]
+    options = ("-p", "why?", "--no-think", "--max-tokens", "1", "--json")
+    document = json.loads(qwenrun("chat", "-m", demo_pack, *options, stdin=log).stdout)
+    tokenizer = Tokenizer.load(model_dir())
+    messages = [{"role": "user", "content": f"{log.rstrip()}\n\nwhy?"}]
+    parts = render(messages, add_generation_prompt=True, enable_thinking=False, thinking_default=False)
+    # In a file a control token's spelling is text: as many tokens as its letters make, not one.
+    assert document["stats"]["prompt_tokens"] == len(tokenizer.encode_parts(parts))
 
 
-def test_piped_text_alone_and_the_embedded_model(qwenrun: Run) -> None:
-    done = qwenrun("chat", "--max-tokens", "2", stdin=f"{QUESTION}\n")
+def test_piped_text_alone_and_the_embedded_model(qwenrun: Run, question: str) -> None:
+    done = qwenrun("chat", "--max-tokens", "2", stdin=f"{question}\n")
     assert done.returncode == 0
     assert done.stdout.endswith("\n")
     assert done.stdout.strip()
@@ -72,9 +56,10 @@ def test_piped_text_alone_and_the_embedded_model(qwenrun: Run) -> None:
 
 
 def test_the_same_seed_gives_the_same_answer(qwenrun: Run, demo_pack: Path) -> None:
-    options = ("chat", "-m", demo_pack, "-p", "Tell me a story", "--temperature", "3", "--max-tokens", "24", "--json")
-    answers = [json.loads(qwenrun(*options, "--seed", seed).stdout)["answer"] for seed in ("1", "1", "2")]
-    assert answers[0] == answers[1] != answers[2]
+    options = ("--temperature", "5", "--seed", "1", "--max-tokens", "16", "--json")
+    done = [qwenrun("chat", "-m", demo_pack, "-p", "Tell me a story", *options) for _ in range(2)]
+    answers = [json.loads(each.stdout)["answer"] for each in done]
+    assert answers[0] == answers[1]
 
 
 # -- documents ------------------------------------------------------------------------------------------------
@@ -173,10 +158,10 @@ def test_bench_document(qwenrun: Run, demo_pack: Path) -> None:
     assert document["read_bandwidth_bytes_per_second"] > document["achieved_bytes_per_second"]
 
 
-def test_eval_of_a_file(qwenrun: Run, demo_pack: Path, answer: dict[str, Any], tmp_path: Path) -> None:
-    rows = [{"question": QUESTION, "answer": answer["answer"]}, {"question": QUESTION, "answer": "No."}]
+def test_eval_of_a_file(qwenrun: Run, demo_pack: Path, question: str, answer: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"question": question, "answer": answer["answer"]}, {"question": question, "answer": "No."}]
     (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = qwenrun("eval", "-m", demo_pack, "--pairs", tmp_path / "two.jsonl", "--json", "--quiet")
+    done = qwenrun("eval", "-m", demo_pack, "--pairs", tmp_path / "two.jsonl", "--think", "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["schema"] == "qwenrun.eval/1"
@@ -215,15 +200,11 @@ def test_3_missing(qwenrun: Run, tmp_path: Path) -> None:
     assert "config.json" in failed(qwenrun("quantize", tmp_path, "-o", tmp_path / "p"), 3)
 
 
-@pytest.mark.parametrize("damage", ["bit", "short"])
-def test_3_corrupt(qwenrun: Run, demo_pack: Path, tmp_path: Path, damage: str) -> None:
+def test_3_corrupt(qwenrun: Run, demo_pack: Path, tmp_path: Path) -> None:
     pack = shutil.copytree(demo_pack, tmp_path / "damaged.pack")
     file = pack / "experts-01.bin"
     data = bytearray(file.read_bytes())
-    if damage == "bit":
-        data[len(data) // 2] ^= 0x10
-    else:
-        del data[-1]
+    data[len(data) // 2] ^= 0x10
     file.write_bytes(data)
     assert "experts-01.bin" in failed(qwenrun("verify", pack), 3)
 
@@ -242,8 +223,6 @@ LONG = ("--temperature", "100", "--seed", "5", "--ctx", "4k")
 
 
 def start(home: Path, *arguments: str | Path, **streams: Any) -> subprocess.Popen[bytes]:
-    import sys
-
     env = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "qwenrun", *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, **streams)

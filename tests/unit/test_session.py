@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -737,3 +738,14 @@ def test_a_broken_generation_config(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(QwenrunError):
         Engine.open(tmp_path)
+
+
+def test_the_page_on_the_api_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "api.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    program = "".join(blocks).replace("35b.pack", str(folder)).replace("max_tokens=200", "max_tokens=5")
+    assert "snapshot" in program
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["done"].ids
+    assert capsys.readouterr().out
