@@ -26,11 +26,13 @@ _TEMPLATE_TEST = re.compile(r"\benable_thinking\s+is\s+(true|false)\b")
 
 @dataclass(frozen=True)
 class Defaults:
-    """eos_ids: those of config.json and generation_config.json. sampling: None if the checkpoint names none."""
+    """eos_ids: those of config.json and generation_config.json. sampling: None if the checkpoint names none.
+    json_scalars: whether its template writes tool arguments as JSON throughout, as Qwen3.6 does."""
 
     eos_ids: frozenset[int]
     thinking: bool
     sampling: SamplingParams | None
+    json_scalars: bool = False
 
     def params(self, think: bool | None = None) -> SamplingParams:
         """Sampling for an answer with or without thinking (by default as the checkpoint does)."""
@@ -44,11 +46,15 @@ def read_defaults(folder: Path, config: ModelConfig) -> Defaults:
     data = read_json(path) if path.is_file() else {}
     if not isinstance(data, dict):
         raise ModelError(f"{path} is not a JSON object", hint="download the file again")
+    template = folder / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8", errors="replace") if template.is_file() else ""
     try:
         return Defaults(
             eos_ids=frozenset(config.eos_ids) | _token_ids(data.get("eos_token_id")),
-            thinking=_thinking(folder, data, config),
+            thinking=_thinking(text, data, config),
             sampling=_sampling(data),
+            # The variable came with 3.6's template, whose other change is how it writes arguments.
+            json_scalars="preserve_thinking" in text,
         )
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error}", hint="download the file again") from error
@@ -76,12 +82,9 @@ def _sampling(data: dict[str, Any]) -> SamplingParams | None:
     return params if do_sample else replace(params, temperature=0.0)
 
 
-def _thinking(folder: Path, data: dict[str, Any], config: ModelConfig) -> bool:
+def _thinking(template: str, data: dict[str, Any], config: ModelConfig) -> bool:
     if isinstance(data.get("thinking_default"), bool):
         return data["thinking_default"]
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        tests = _TEMPLATE_TEST.findall(template.read_text(encoding="utf-8", errors="replace"))
-        if tests:
-            return tests[-1] == "false"
+    if tests := _TEMPLATE_TEST.findall(template):
+        return tests[-1] == "false"
     return config.is_moe or config.hidden_size > SMALL_HIDDEN_SIZE

@@ -146,6 +146,11 @@ class Engine:
         """`sampling` for an answer as this model gives it by default."""
         return self.sampling()
 
+    @property
+    def json_scalars(self) -> bool:
+        """Whether the model's template writes numbers and booleans of tool arguments as JSON (Qwen3.6 does)."""
+        return self._defaults.json_scalars
+
     def sampling(self, think: bool | None = None) -> SamplingParams:
         """The checkpoint's own sampling parameters; if it has none, what its authors recommend for an answer
         with or without thinking (by default `thinking_default`)."""

@@ -251,6 +251,7 @@ class Session:
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=think,
                 thinking_default=engine.thinking_default,
+                json_scalars=engine.json_scalars,
             )
             return tokenizer.encode_parts(parts)
 

@@ -732,6 +732,19 @@ def test_defaults(
             assert (engine.sampling(True), engine.sampling(False)) == (THINKING, NOT_THINKING)
 
 
+@pytest.mark.parametrize(("template", "shown"), [(TEMPLATE, "True"), (TEMPLATE + "{{ preserve_thinking }}", "true")])
+def test_tool_arguments_as_the_models_template_has_them(tmp_path: Path, template: str, shown: str) -> None:
+    """Qwen3.6's template writes a boolean as JSON does, 3.5's as Python does."""
+    write_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    call = {"function": {"name": "f", "arguments": {"on": True}}}
+    messages = [user("x"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "y"}]
+    with Engine.open(tmp_path, ctx=512) as engine:
+        session = engine.session()
+        list(session.chat(messages, max_tokens=1))
+        assert f"<parameter=on>\n{shown}\n</parameter>" in engine.tokenizer.decode(session.tokens)
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"temperature": "hot"}', '{"eos_token_id": "x"}', '{"top_p": 7}'])
 def test_a_broken_generation_config(tmp_path: Path, text: str) -> None:
     write_model(tmp_path)
