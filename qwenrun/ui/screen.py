@@ -54,8 +54,21 @@ def _history() -> Any:
     return FileHistory(str(path))
 
 
+class PlainReader:
+    """Reads lines from a terminal that can do nothing else."""
+
+    def read(self) -> str:
+        print()
+        text = input(PROMPT)
+        while is_open(text):
+            text += f"\n{input(MORE)}"
+        return text
+
+
 def open_reader() -> Reader:
     """Reads from the terminal: Enter sends, Alt-Enter begins a new line, and so does Enter inside \"\"\"."""
+    if not console.can_move(sys.stdout):
+        return PlainReader()
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 

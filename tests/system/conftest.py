@@ -24,6 +24,7 @@ from qwenrun.demo import model_dir
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMAND = [sys.executable, "-m", "qwenrun"]
 TIMEOUT = 120
+PASTE_OFF, SENT = "\x1b[?2004l", "\N{RETURN SYMBOL}"
 ESCAPE = re.compile(r"\x1b(\[[0-9;?<>=]*[A-Za-z]|\][^\x07\x1b]*(\x07|\x1b\\)|[()][A-Z0-9]|[=>78])")
 
 
@@ -128,11 +129,12 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def expect(self, pattern: str, timeout: float = TIMEOUT) -> str:
-        """Wait until what was written since the last `expect` matches, escapes left out; returns it up to there."""
+        """Wait until what was written since the last `expect` matches, returns it up to there. Escapes are left
+        out, but for a SENT where the program has taken a text and the keyboard is its own no longer."""
         deadline = time.monotonic() + timeout
         while True:
-            text = ESCAPE.sub("", self.output).replace("\r", "")[self._seen :]
-            if match := re.search(pattern, text):
+            text = ESCAPE.sub("", self.output.replace(PASTE_OFF, SENT)).replace("\r", "")[self._seen :]
+            if match := re.search(pattern, text, re.DOTALL):
                 self._seen += match.end()
                 return text[: match.end()]
             if time.monotonic() > deadline or not self._more(0.1):
