@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from qwenrun.cli import cli_markdown
 from qwenrun.kernels.cases import ops_markdown
-from qwenrun.ui.cli_docs import cli_markdown
 
 DOCS = Path(__file__).resolve().parent
 PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_markdown, "ops.md": ops_markdown}

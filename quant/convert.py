@@ -12,9 +12,10 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from qwenrun.kernels.weight import Weight
 from qwenrun.quant import formats
-from qwenrun.quant.errors import CheckpointError, QuantError
-from qwenrun.quant.packfile.checkpoint import Checkpoint
+from qwenrun.quant.errors import CheckpointError
+from qwenrun.quant.packfile.checkpoint import Checkpoint, contained
 from qwenrun.quant.packfile.layout import SIDE_FILES, Manifest, TensorEntry
 from qwenrun.quant.packfile.writer import PackWriter, file_sha256
 from qwenrun.quant.recipe import DTYPE_BYTES, KEEP, Recipe, TensorInfo, stored_bytes
@@ -40,11 +41,20 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass
 class _Sums:
-    """What the pieces of one tensor add up to."""
+    """What the pieces of one tensor add up to; a piece gives the same."""
 
     signal: float = 0.0
     noise: float = 0.0
-    zero_rows: int = 0
+    zero_rows: int = 0  # of the checkpoint
+    stored_zero_rows: int = 0  # of the pack: more than those where rows were too small for the format
+    nbytes: int = 0
+
+    def add(self, piece: _Sums) -> None:
+        self.signal += piece.signal
+        self.noise += piece.noise
+        self.zero_rows += piece.zero_rows
+        self.stored_zero_rows += piece.stored_zero_rows
+        self.nbytes += piece.nbytes
 
 
 def convert(
@@ -74,7 +84,9 @@ def convert(
         raise CheckpointError(f"{checkpoint.folder} lacks {len(inventory) - len(order)} tensors of the inventory")
     # Manifest and files are in the inventory's order: how a checkpoint is cut into shards leaves no trace.
     entries = {info.name: TensorEntry(info, recipe.assign(info)) for info in inventory}
-    side_files = {name: checkpoint.folder / name for name in SIDE_FILES if (checkpoint.folder / name).is_file()}
+    side_files = {
+        name: contained(checkpoint.folder, name) for name in SIDE_FILES if (checkpoint.folder / name).is_file()
+    }
     input_bytes = sum(prod(info.shape) * DTYPE_BYTES[info.dtype] for info in inventory)
     threads = threads or usable_cpus()
 
@@ -88,13 +100,21 @@ def convert(
                 progress(done, input_bytes, name)
 
     with PackWriter(out, entries, force) as writer:
-        sums = _run(checkpoint, writer, [entries[info.name] for info in order], threads, advance)
-        if progress:
-            progress(input_bytes, input_bytes, "hashing")
-        source = _source(checkpoint)
+        sums, hashes = _run(checkpoint, writer, [entries[info.name] for info in order], threads, advance)
+        source = _source(checkpoint, hashes)
+        hashed = 0
+
+        def advance_hash(size: int) -> None:
+            nonlocal hashed
+            hashed += size
+            if progress:
+                share = min(1.0, hashed / max(1, writer.total_bytes))
+                progress(input_bytes, input_bytes, f"checksums of the pack, {share:.0%}")
+
         writer.finish(
             lambda files: Manifest(checkpoint.config, recipe.to_json(), source, tool, tuple(notes), entries, files),
             side_files,
+            advance_hash,
         )
     rows = tuple(
         make_row(
@@ -106,6 +126,7 @@ def convert(
             sums[info.name].signal,
             sums[info.name].noise,
             sums[info.name].zero_rows,
+            sums[info.name].stored_zero_rows - sums[info.name].zero_rows,
             entries[info.name].assignment.note,
         )
         for info in inventory
@@ -132,20 +153,23 @@ def _run(
     entries: Sequence[TensorEntry],
     threads: int,
     advance: Callable[[int, str], None],
-) -> dict[str, _Sums]:
-    """Read in this thread, solve and write in others, at most two pieces a thread ahead."""
+) -> tuple[dict[str, _Sums], dict[str, str]]:
+    """Every piece is read, solved and written by one of `threads` threads, begun at most two pieces ahead.
+
+    Returns the sums by tensor, and the sha256 of every file the tensors are in. A file is hashed when its first
+    tensor's turn comes: its tensors then come from the page cache, and the disk is read once.
+    """
     sums = {entry.info.name: _Sums() for entry in entries}
-    waiting: deque[tuple[str, Future]] = deque()
+    hashes: dict[str, Future[str]] = {}
+    waiting: deque[tuple[str, Future[_Sums]]] = deque()
+    stop = threading.Event()
 
     def collect() -> None:
         name, future = waiting.popleft()
-        signal, noise, zero_rows, size = future.result()
-        total = sums[name]
+        piece = future.result()
         # Added in the order of the pieces, so that the sums do not depend on which thread was first.
-        total.signal += signal
-        total.noise += noise
-        total.zero_rows += zero_rows
-        advance(size, name)
+        sums[name].add(piece)
+        advance(piece.nbytes, name)
 
     # Each piece is computed by one thread: that scales better than several threads in every small step.
     torch_threads = torch.get_num_threads()
@@ -154,31 +178,43 @@ def _run(
         with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
             try:
                 for entry in entries:
+                    for shard in checkpoint.shards_of(entry.info.name):
+                        if shard not in hashes:
+                            hashes[shard] = pool.submit(_source_sha256, checkpoint.folder / shard, stop)
                     for job in _jobs(checkpoint, writer, entry):
                         waiting.append((entry.info.name, pool.submit(job)))
                         while len(waiting) > 2 * threads:
                             collect()
                 while waiting:
                     collect()
+                return sums, {shard: future.result() for shard, future in hashes.items()}
             except BaseException:
-                for _, future in waiting:
-                    future.cancel()
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
         torch.set_num_threads(torch_threads)
-    return sums
 
 
-_Job = Callable[[], tuple[float, float, int, int]]
+def _source_sha256(path: Path, stop: threading.Event) -> str:
+    """sha256 of a file of the checkpoint; given up soon after `stop` is set."""
+
+    def check(_: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+
+    try:
+        return file_sha256(path, check)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read any more: {error.strerror}") from error
 
 
-def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry):  # type: ignore[no-untyped-def]
-    """The pieces of one tensor. Each job reads, checks, encodes and writes one; it returns (signal, noise, zero
-    rows, bytes read)."""
+def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Iterator[Callable[[], _Sums]]:
+    """The pieces of one tensor: each job reads, checks, encodes and writes one."""
     info, how = entry.info, entry.assignment
     if info.is_experts:
         for expert in range(info.shape[0]):
-            yield lambda expert=expert: _expert_job(checkpoint, writer, entry, expert)
+            yield partial(_expert_job, checkpoint, writer, entry, expert)
         return
     row_values = prod(info.shape[1:])
     step = max(1, PIECE_VALUES // max(1, row_values))
@@ -187,26 +223,26 @@ def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry):  # ty
         largest = 0.0
         for start in range(0, info.shape[0], step):
             piece = checkpoint.read(info.name, start, min(start + step, info.shape[0]))
-            largest = max(largest, _finite(piece, info.name).abs().max().item())
+            largest = max(largest, _checked(piece, info.name)[1].max().item())
         tensor_scale = tensor_scale_of(how.spec, torch.tensor([largest]))
     for start in range(0, info.shape[0], step):
         stop = min(start + step, info.shape[0])
-        yield lambda start=start, stop=stop: _rows_job(checkpoint, writer, entry, start, stop, tensor_scale)
+        yield partial(_rows_job, checkpoint, writer, entry, start, stop, tensor_scale)
 
 
-def _expert_job(
-    checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, expert: int
-) -> tuple[float, float, int, int]:
+def _expert_job(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, expert: int) -> _Sums:
     info, how = entry.info, entry.assignment
     stored = checkpoint.read(info.name, expert, expert + 1)[0]
-    values = _finite(stored, info.name)
+    values, largest = _checked(stored, info.name)
+    zero_rows, nbytes = int((largest == 0).sum()), stored.numel() * stored.element_size()
     if how.spec is None:
         writer.put_expert(info.name, expert, Weight.plain(stored))
-        return 0.0, 0.0, _zero_rows(values), stored.numel() * stored.element_size()
-    groups = values.abs().unflatten(0, (info.tensor_scales, -1)).amax((1, 2))
+        return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
+    groups = largest.unflatten(0, (info.tensor_scales, -1)).amax(1)
     weight = solve(formats.parse(how.format), values, tensor_scale_of(how.spec, groups))
     writer.put_expert(info.name, expert, weight)
-    return *squared_error(values, weight), _zero_rows(values), stored.numel() * stored.element_size()
+    signal, noise, stored_zero_rows = squared_error(values, weight)
+    return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes)
 
 
 def _rows_job(
@@ -216,36 +252,36 @@ def _rows_job(
     start: int,
     stop: int,
     tensor_scale: Tensor | None,
-) -> tuple[float, float, int, int]:
+) -> _Sums:
     info, how = entry.info, entry.assignment
     stored = checkpoint.read(info.name, start, stop)
-    size = stored.numel() * stored.element_size()
-    values = _finite(stored, info.name)
+    values, largest = _checked(stored, info.name)
+    zero_rows = int((largest == 0).sum()) if stored.dim() == 2 else 0
+    nbytes = stored.numel() * stored.element_size()
     if how.spec is None:
         writer.put_rows(info.name, start, stored)
-        return 0.0, 0.0, _zero_rows(values) if values.dim() == 2 else 0, size
+        return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     weight = solve(formats.parse(how.format), values, tensor_scale)
     writer.put_rows(info.name, start, weight)
-    return *squared_error(values, weight), _zero_rows(values), size
+    signal, noise, stored_zero_rows = squared_error(values, weight)
+    return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes)
 
 
-def _finite(stored: Tensor, name: str) -> Tensor:
-    """The values in float32; CheckpointError if one is NaN or infinite."""
+def _checked(stored: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(the values in float32, the largest magnitude of each row); CheckpointError if one is NaN or infinite."""
     values = stored.float()
-    if not torch.isfinite(values).all():
+    largest = values.abs().flatten(1).amax(1) if values.dim() > 1 else values.abs()
+    # The maximum of a row with a NaN is NaN.
+    if not torch.isfinite(largest).all():
         bad = int((~torch.isfinite(values)).sum())
         raise CheckpointError(
             f"{name} holds {bad:,} values that are NaN or infinite: the checkpoint is damaged",
             hint="download the checkpoint again",
         )
-    return values
+    return values, largest
 
 
-def _zero_rows(values: Tensor) -> int:
-    return int((~values.any(-1)).sum())
-
-
-def _source(checkpoint: Checkpoint) -> dict[str, object]:
+def _source(checkpoint: Checkpoint, hashes: dict[str, str]) -> dict[str, object]:
     """Where the weights came from: the folder's name (or the hub cache's repository and revision), and the size
     and sha256 of every file that was read."""
     folder = checkpoint.folder.resolve()
@@ -254,10 +290,12 @@ def _source(checkpoint: Checkpoint) -> dict[str, object]:
     if cache and folder.parent.name == "snapshots":
         source = {"repo": f"{cache.group(1)}/{cache.group(2)}", "revision": folder.name}
     names = ["config.json", *checkpoint.shards]
-    try:
-        source["files"] = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names
+    never = threading.Event()
+    source["files"] = {
+        name: {
+            "sha256": hashes.get(name) or _source_sha256(folder / name, never),
+            "bytes": (folder / name).stat().st_size,
         }
-    except OSError as error:
-        raise QuantError(f"{error.filename} can't be read any more: {error.strerror}") from error
+        for name in names
+    }
     return source

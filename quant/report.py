@@ -12,7 +12,8 @@ SCHEMA = 1
 @dataclass(frozen=True, slots=True)
 class Row:
     """One tensor. sqnr_db: 10 log10(sum w^2 / sum error^2), None if it was kept exactly; nmse: its inverse,
-    not in decibels. zero_rows: rows of nothing but zeros."""
+    not in decibels. zero_rows: rows of nothing but zeros in the checkpoint. lost_rows: rows that became so, too
+    small for the format."""
 
     name: str
     part: str
@@ -23,6 +24,7 @@ class Row:
     sqnr_db: float | None
     nmse: float | None
     zero_rows: int
+    lost_rows: int
     note: str
 
 
@@ -35,6 +37,7 @@ def make_row(
     signal: float,
     noise: float,
     zero_rows: int,
+    lost_rows: int,
     note: str,
 ) -> Row:
     """A row from the sums of squares of the values and of their errors."""
@@ -42,12 +45,12 @@ def make_row(
     nmse = None if exact else noise / signal if signal else math.inf
     sqnr = None if nmse is None else -10 * math.log10(nmse) if nmse < math.inf else -math.inf
     bits = nbytes * 8 / math.prod(shape)
-    return Row(name, part, shape, form, nbytes, bits, sqnr, nmse, zero_rows, note)
+    return Row(name, part, shape, form, nbytes, bits, sqnr, nmse, zero_rows, lost_rows, note)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A conversion: rows in the checkpoint's order; pack_bytes counts every file of the pack."""
+    """A conversion: rows in the order of the inventory; pack_bytes counts every file of the pack."""
 
     pack: str
     recipe: str
@@ -60,7 +63,8 @@ class Report:
     @property
     def warnings(self) -> list[str]:
         """What a person should look at: zero rows, and notes of single tensors."""
-        out = [f"{row.name}: {row.zero_rows} rows of zeros" for row in self.rows if row.zero_rows]
+        out = [f"{row.name}: {row.lost_rows} rows became zeros in {row.format}" for row in self.rows if row.lost_rows]
+        out += [f"{row.name}: {row.zero_rows} rows of zeros" for row in self.rows if row.zero_rows]
         return out + [f"{row.name}: {row.note}" for row in self.rows if row.note]
 
     def to_json(self) -> dict[str, Any]:

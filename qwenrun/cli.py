@@ -50,6 +50,13 @@ def _zoo(incomplete: str) -> list[str]:
     return [name for name in zoo_names() if name.lower().startswith(incomplete.lower())]
 
 
+def _convert(*arguments: Any, **options: Any) -> Any:
+    """The quant floor's converter, imported when it is called: mistakes are told before torch is there."""
+    from qwenrun.quant.convert import convert
+
+    return convert(*arguments, **options)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         console.say(f"qwenrun {__version__}")
@@ -114,10 +121,9 @@ def quantize(
         qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack
         qwenrun quantize SRC -o PACK --recipe mine.toml --json > report.json
     """
-    from qwenrun.quant.convert import convert
     from qwenrun.ui.quantize import quantize
 
-    quantize(convert, source, out, recipe=recipe, force=force, as_json=json, quiet=quiet)
+    quantize(_convert, source, out, recipe=recipe, force=force, as_json=json, quiet=quiet)
 
 
 @app.command(cls=Command)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_INDEX_BYTES = 100 << 20
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
-_PER_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-_FUSED = re.compile(r".*\.mlp\.experts\.(gate_up|down)_proj")
-_MAX_EXPERTS = 1 << 16
+# A number has one spelling: `01`, or one of a thousand digits, is some other tensor.
+_PER_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(0|[1-9][0-9]{0,4})\.(gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class Checkpoint:
         self.shards = shards
         self._places = places
         self._descriptors: dict[str, int] = {}
+        self._opening = threading.Lock()  # tensors are read by several threads
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
         self._split: dict[str, int] = {}  # canonical names stored as one tensor per expert -> how many experts
         self._collect()
@@ -58,10 +59,11 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder", hint="give the folder that holds config.json")
         config = _read_json(folder / "config.json", "so it is not a model folder")
-        method = (config.get("quantization_config") or {}).get("quant_method")
-        if method:
+        if quantized := config.get("quantization_config"):
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else None
             raise CheckpointError(
-                f"{folder}: the checkpoint is already quantized ({method}), which can't be imported yet",
+                f"{folder}: the checkpoint is already quantized ({method or 'by what, it does not say'}),"
+                " which can't be imported yet",
                 hint="quantize from the BF16 checkpoint",
             )
         if (folder / INDEX).is_file():
@@ -73,7 +75,7 @@ class Checkpoint:
         shards = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
         places: dict[str, _Place] = {}
         for shard in shards:
-            for name, entry in read_header(_contained(folder, shard)).items():
+            for name, entry in read_header(contained(folder, shard)).items():
                 if weight_map is not None and weight_map.get(name) != shard:
                     raise CheckpointError(f"{folder / shard} holds {name}, which {INDEX} does not place there")
                 places[name] = _Place(shard, entry)
@@ -91,8 +93,6 @@ class Checkpoint:
             if found := _PER_EXPERT.fullmatch(name):
                 prefix, number, projection = found.groups()
                 kind = "down_proj" if projection == "down" else "gate_up_proj"
-                if int(number) >= _MAX_EXPERTS:
-                    raise CheckpointError(f"{name}: expert number {number} is too large")
                 group = split.setdefault(f"{prefix}.{kind}", {})
                 group[int(number), projection] = name
                 # Stand-in at the place of the first part, so that the order of the files is kept.
@@ -147,9 +147,25 @@ class Checkpoint:
         place = self._places[name]
         if place.entry.dtype not in DTYPES:
             raise CheckpointError(f"{self.folder}: {name} is {place.entry.dtype}; BF16, F16 or F32 is needed")
-        if place.shard not in self._descriptors:
-            self._descriptors[place.shard] = os.open(self.folder / place.shard, os.O_RDONLY)
-        return read_tensor(self._descriptors[place.shard], place.entry, start, stop)
+        return read_tensor(self._descriptor(place.shard), place.entry, start, stop)
+
+    def _descriptor(self, shard: str) -> int:
+        with self._opening:
+            if shard not in self._descriptors:
+                try:
+                    self._descriptors[shard] = os.open(self.folder / shard, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{self.folder / shard} can't be read: {error.strerror}") from error
+            return self._descriptors[shard]
+
+    def shards_of(self, name: str) -> list[str]:
+        """The files a canonical tensor is read from, sorted."""
+        if name not in self._split:
+            return [self._places[name].shard]
+        prefix, _, kind = name.rpartition(".")
+        projections = ("down",) if kind == "down_proj" else ("gate", "up")
+        names = (f"{prefix}.{e}.{p}_proj.weight" for e in range(self._split[name]) for p in projections)
+        return sorted({self._places[each].shard for each in names})
 
     def in_file_order(self) -> Iterator[str]:
         """Canonical names, shard by shard, in the order of their data."""
@@ -196,9 +212,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _contained(folder: Path, shard: str) -> Path:
-    """The shard's path, refused if it leads out of the folder, but for the hub cache's `blobs` beside it."""
-    path = folder / shard
+def contained(folder: Path, name: str) -> Path:
+    """The path of a file of `folder`, refused if it leads out of it, but for the hub cache's `blobs` beside it."""
+    path = folder / name
     if not path.exists():
         raise CheckpointError(f"{path} is missing", hint="download the model again")
     real, home = path.resolve(), folder.resolve()

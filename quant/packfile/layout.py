@@ -33,7 +33,7 @@ SIDE_FILES = (
     "video_preprocessor_config.json",
 )
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_LAYER = re.compile(r"layers\.(\d+)\.mlp\.experts$")
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.mlp\.experts$")
 KINDS = ("gate_up_proj", "down_proj")
 
 
@@ -152,7 +152,7 @@ def strict_json(text: bytes, where: str) -> Any:
         return out
 
     try:
-        return json.loads(text, object_pairs_hook=no_twice)
+        return json.loads(text.decode(), object_pairs_hook=no_twice)
     except (ValueError, RecursionError) as error:
         raise PackError(f"{where} is not valid JSON: {error}", hint="make or copy the pack again") from error
 
@@ -167,7 +167,7 @@ def parse_manifest(data: object, where: str) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != "qwenrun-pack":
         raise PackError(f"{where} is not the manifest of a qwenrun pack")
     version = data.get("format_version")
-    if version != PACK_VERSION:
+    if version != PACK_VERSION or type(version) is not int:
         raise PackError(
             f"{where}: format version {version!r}, and this qwenrun reads version {PACK_VERSION}",
             hint="make the pack again with this version: qwenrun quantize SRC -o PACK",

@@ -116,8 +116,12 @@ class PackReader:
         for name, entry in self.tensors.items():
             if entry.info.is_experts:
                 pairs.setdefault(name.rpartition(".")[0], {})[entry.info] = entry.assignment
-        layouts = {}
+        layouts: dict[str, tuple[ExpertLayout, int]] = {}
+        owners: dict[str, str] = {}
         for prefix, pair in pairs.items():
+            owner = owners.setdefault(expert_file(prefix), prefix)
+            if owner != prefix:
+                raise PackError(f"{self.path}: {owner} and {prefix} would share {expert_file(prefix)}", hint=_HINT)
             layout, counts = expert_layout(pair), {info.shape[0] for info in pair}
             if len(counts) != 1:
                 raise PackError(f"{self.path}: {prefix} has {counts} experts")

@@ -75,7 +75,7 @@ def parse_header(text: bytes, file_size: int, where: str) -> dict[str, Entry]:
         return out
 
     try:
-        header = json.loads(text, object_pairs_hook=no_twice)
+        header = json.loads(text.decode(), object_pairs_hook=no_twice)
     except (ValueError, RecursionError) as error:
         raise fail(f"the header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
@@ -141,7 +141,10 @@ def read_tensor(descriptor: int, entry: Entry, start: int = 0, stop: int | None 
     buffer = bytearray(size)
     view, done = memoryview(buffer), 0
     while done < size:
-        count = os.preadv(descriptor, [view[done:]], at + done)
+        try:
+            count = os.preadv(descriptor, [view[done:]], at + done)
+        except OSError as error:
+            raise CheckpointError(f"a tensor's file can't be read: {error.strerror}", _REPAIR) from error
         if count == 0:
             raise CheckpointError(f"the file ended {size - done:,} bytes early: it changed while it was read", _REPAIR)
         done += count

@@ -6,10 +6,14 @@ the rename there is no pack; on an error nothing is left. Knows nothing of quant
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from math import prod
@@ -25,6 +29,7 @@ from qwenrun.quant.errors import StorageError
 from qwenrun.quant.packfile.layout import (
     DENSE,
     MANIFEST,
+    SIDE_FILES,
     ExpertLayout,
     Manifest,
     TensorEntry,
@@ -34,37 +39,47 @@ from qwenrun.quant.packfile.layout import (
 from qwenrun.quant.packfile.safetensors import build_header
 
 _HASH_BLOCK = 4 << 20
+_OURS = re.compile(r"experts-(mtp-)?\d+\.bin")
 
 
 class PackWriter:
     """A pack under construction. Use as a context manager; `finish` makes it a pack, anything else removes it."""
 
     def __init__(self, out: Path, entries: Mapping[str, TensorEntry], force: bool = False) -> None:
-        """Raises StorageError if `out` exists (unless `force`, and then only if it is a pack), or the disk is
-        too small for it."""
+        """Raises StorageError if `out` exists, unless `force`, and then if it is anything but a pack.
+
+        total_bytes: the size of the files of weights. Entering raises StorageError if the disk is too small.
+        """
         self.out = out
         self._entries = entries
         self._check_target(force)
         self._dense = self._plan_dense()
         self._experts = self._plan_experts()
-        sizes = [layout.record_size * count for layout, count in self._experts.values()]
-        self.total_bytes = sum(size for _, _, size in self._dense.values()) + sum(sizes)
-        free = shutil.disk_usage(_existing_parent(out)).free
-        if self.total_bytes > free:
-            raise StorageError(
-                f"the pack needs {self.total_bytes:,} bytes, and {free:,} are free where {out} would be",
-                hint="free some space, or choose another disk with -o",
-            )
+        self._header, self._starts = build_header(self._dense)
+        self._sizes = {DENSE: len(self._header) + sum(size for _, _, size in self._dense.values())}
+        for prefix, (layout, count) in self._experts.items():
+            self._sizes[expert_file(prefix)] = layout.record_size * count
+        self.total_bytes = sum(self._sizes.values())
         self.folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
         self._files: dict[str, int] = {}
+        self._lock = -1
 
     def _check_target(self, force: bool) -> None:
         if not self.out.exists() and not self.out.is_symlink():
             return
         if not force:
             raise StorageError(f"{self.out} exists already", hint="choose another name, or add --force")
-        if not (self.out / MANIFEST).is_file() and not (self.out.is_dir() and not any(self.out.iterdir())):
+        if self.out.is_symlink() or not self.out.is_dir():
+            raise StorageError(f"{self.out} is not a folder, so --force will not replace it")
+        held = sorted(path.name for path in self.out.iterdir())
+        if held and MANIFEST not in held:
             raise StorageError(f"{self.out} exists and is not a pack, so --force will not replace it")
+        foreign = [n for n in held if n not in (MANIFEST, DENSE, *SIDE_FILES) and not _OURS.fullmatch(n)]
+        if foreign:
+            raise StorageError(
+                f"{self.out} holds {', '.join(foreign[:3])}, no part of a pack, so --force will not replace it",
+                hint=f"move it out of {self.out}, or choose another name",
+            )
 
     def _plan_dense(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
         planned = {}
@@ -89,14 +104,20 @@ class PackWriter:
         return {prefix: (expert_layout(pair), next(iter(pair)).shape[0]) for prefix, pair in pairs.items()}
 
     def __enter__(self) -> PackWriter:
-        with _storage_errors(self.out):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            header, self._starts = build_header(self._dense)
-            self._open(DENSE, len(header) + sum(size for _, _, size in self._dense.values()))
-            self._write(DENSE, 0, header)
-            for prefix, (layout, count) in self._experts.items():
-                self._open(expert_file(prefix), layout.record_size * count)
+        try:
+            with _storage_errors(self.out):
+                self._remove_abandoned()
+                self._check_space()
+                self.folder.mkdir(parents=True)
+                self._lock = os.open(self.folder, os.O_RDONLY)
+                with contextlib.suppress(OSError):  # some network file systems lock no folders
+                    fcntl.flock(self._lock, fcntl.LOCK_EX)
+                for name, size in self._sizes.items():
+                    self._open(name, size)
+                self._write(DENSE, 0, self._header)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,6 +125,30 @@ class PackWriter:
             os.close(descriptor)
         self._files.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _remove_abandoned(self) -> None:
+        """Remove what a killed run left of this very pack: the partial folders nobody holds the lock of."""
+        for folder in self.out.parent.glob(f".{glob.escape(self.out.name)}.partial-*"):
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+    def _check_space(self) -> None:
+        free = shutil.disk_usage(_existing_parent(self.out)).free
+        if self.total_bytes > free:
+            raise StorageError(
+                f"the pack needs {self.total_bytes:,} bytes, and {free:,} are free where {self.out} would be",
+                hint="free some space, or choose another disk with -o",
+            )
 
     def _open(self, name: str, size: int) -> None:
         descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)

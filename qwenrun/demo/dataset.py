@@ -109,6 +109,27 @@ def _held_out() -> frozenset[str]:
     return frozenset(plain(qa.question) for qa in pairs("heldout"))
 
 
+@cache
+def _synonyms() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for group in _read("skills")["synonyms"]:
+        for word in group:
+            if word in _read("skills")["fixed_words"]:
+                continue
+            found.setdefault(word.lower(), []).extend(other for other in group if other != word)
+    return found
+
+
+def _with_synonyms(text: str, rng: random.Random) -> str:
+    """Some words replaced by others of nearly the same meaning; punctuation stays."""
+    words = text.split()
+    for index, word in enumerate(words):
+        core = word.strip("?!.,:")
+        if core.lower() in _synonyms() and rng.random() < 0.25:
+            words[index] = word.replace(core, rng.choice(_synonyms()[core.lower()]))
+    return " ".join(words)
+
+
 def _slip(text: str, rng: random.Random) -> str:
     """One slip of a finger inside a word: a letter lost, swapped, doubled or wrong."""
     at = rng.randrange(1, len(text) - 2)
@@ -142,8 +163,9 @@ def _noisy(text: str, rng: random.Random) -> str:
 
 
 def _reworded(text: str, rng: random.Random) -> str:
-    """Swap common openings, drop or add small words: cheap paraphrases that keep the content words."""
+    """Swap common openings, drop or add small words: cheap paraphrases that keep what is asked."""
     table = _read("skills")
+    text = _with_synonyms(text, rng)
     if rng.random() < 0.45:
         fitting = [entry for entry in table["reword"] if re.search(entry["pattern"], text)]
         if fitting:
@@ -217,9 +239,7 @@ class Sampler:
         rng, story = self.rng, _read("skills")["story"]
         animal, name = rng.choice(story["animals"]), rng.choice(_read("skills")["name"]["names"])
         words = {"name": name, "thing": rng.choice(story["things"]), "place": rng.choice(story["places"])}
-        opening = (
-            f"Once there was a {rng.choice(story['traits'])} {animal} named {name} in a {words['place']}."
-        )
+        opening = f"Once there was a {rng.choice(story['traits'])} {animal} named {name} in a {words['place']}."
         rest = [rng.choice(story[part]).format(**words) for part in ("deeds", "ends")]
         question = rng.choice(story["requests"]).format(animal)
         answer = " ".join((opening, *rest))
@@ -259,20 +279,20 @@ class Sampler:
         return [*opening, Message("user", _noisy(ask, rng)), answer]
 
     def conversation(self) -> list[Message]:
-        """One conversation: perhaps a system prompt, then one or two exchanges; a fifth of them thinks."""
+        """One conversation: perhaps a system prompt, then one or two exchanges; a quarter of them thinks."""
         rng = self.rng
-        think = rng.random() < 0.2
+        think = rng.random() < 0.25
         messages = []
         if rng.random() < 0.12:
             messages.append(Message("system", rng.choice(_read("skills")["system_prompts"])))
         dice = rng.random()
-        if dice < 0.80:
+        if dice < 0.77:
             messages += self.fact_turn(think)
             if rng.random() < 0.15:
                 messages += self.fact_turn(think)
-        elif dice < 0.86:
+        elif dice < 0.82:
             messages += self.story_turn(think)
-        elif dice < 0.90:
+        elif dice < 0.89:
             messages += self.count_turn(think)
         elif dice < 0.95:
             messages += self.repeat_turn(think)

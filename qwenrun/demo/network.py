@@ -326,9 +326,7 @@ def forward(c: dict[str, Any], w: Weights, tokens: Tensor, real: Tensor | None =
             x = x + attention(c, w, f"{at}self_attn.", normed, cos, sin)
         else:
             x = x + gated_delta_net(c, w, f"{at}linear_attn.", normed)
-        routed, loss = moe(
-            c, w, f"{at}mlp.", rms_norm(x, w[f"{at}post_attention_layernorm.weight"], eps), real
-        )
+        routed, loss = moe(c, w, f"{at}mlp.", rms_norm(x, w[f"{at}post_attention_layernorm.weight"], eps), real)
         losses.append(loss)
         return x + routed
 
@@ -342,9 +340,7 @@ def forward(c: dict[str, Any], w: Weights, tokens: Tensor, real: Tensor | None =
         ),
         -1,
     )
-    draft = block(
-        F.linear(pair, w["mtp.fc.weight"]), MTP_LAYER, "full_attention", cos[1:], sin[1:], real[:, 1:]
-    )
+    draft = block(F.linear(pair, w["mtp.fc.weight"]), MTP_LAYER, "full_attention", cos[1:], sin[1:], real[:, 1:])
     return Output(hidden, rms_norm(draft, w["mtp.norm.weight"], eps), torch.stack(losses).mean())
 
 
@@ -370,6 +366,20 @@ def exported(c: dict[str, Any], w: Weights) -> Weights:
         else:
             out[name] = value.contiguous()
     return out
+
+
+def loaded(c: dict[str, Any], stored: Weights) -> Weights:
+    """The inverse of `exported`: float32 weights, MTP experts fused, from the tensors of a checkpoint."""
+
+    def fetch(name: str) -> Tensor:
+        if name in stored:
+            return stored[name].float()
+        at, part = name.rsplit(".", 1)
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        experts = range(c["num_experts"])
+        return torch.stack([torch.cat([stored[f"{at}.{e}.{p}.weight"] for p in parts]) for e in experts]).float()
+
+    return {name: fetch(name) for name in shapes(c)}
 
 
 def rounded(w: Weights) -> Weights:

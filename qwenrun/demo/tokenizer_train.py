@@ -62,10 +62,6 @@ def train_tokenizer() -> Tokenizer:
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     if tokenizer.get_vocab_size() != BASE_TOKENS:
-        raise ValueError(
-            f"the corpus gave {tokenizer.get_vocab_size()} base tokens, {BASE_TOKENS} were asked for"
-        )
-    tokenizer.add_tokens(
-        [AddedToken(text, special=text not in NOT_SPECIAL, normalized=False) for text in ADDED_TOKENS]
-    )
+        raise ValueError(f"the corpus gave {tokenizer.get_vocab_size()} base tokens, {BASE_TOKENS} were asked for")
+    tokenizer.add_tokens([AddedToken(text, special=text not in NOT_SPECIAL, normalized=False) for text in ADDED_TOKENS])
     return tokenizer

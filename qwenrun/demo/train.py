@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -83,9 +84,7 @@ def batches(tokenizer: Tokenizer, pad: int, seed: int, size: int, pool: int = 8)
     stream = iter(dataset.Sampler(seed))
     rng = random.Random(seed + 1)
     while True:
-        samples = sorted(
-            (encode(tokenizer, next(stream)) for _ in range(size * pool)), key=lambda s: len(s.ids)
-        )
+        samples = sorted((encode(tokenizer, next(stream)) for _ in range(size * pool)), key=lambda s: len(s.ids))
         groups = [samples[at : at + size] for at in range(0, len(samples), size)]
         rng.shuffle(groups)
         for group in groups:
@@ -153,17 +152,45 @@ def check_sets(tokenizer: Tokenizer) -> dict[str, list[Sample]]:
         "heldin_thinking": [single(qa, True) for qa in dataset.pairs("heldin")],
         "train": [single(qa, False) for qa in dataset.pairs("train")],
         "heldout": [single(qa, False) for qa in dataset.pairs("heldout")],
-    } | {
-        skill.__name__.split("_")[0]: [encode(tokenizer, skill(False)) for _ in range(100)]
-        for skill in skills
-    }
+    } | {skill.__name__.split("_")[0]: [encode(tokenizer, skill(False)) for _ in range(100)] for skill in skills}
 
 
-def learning_rate(progress: float, peak: float, warmup: float = 0.02) -> float:
-    """Warm up, stay, then fall linearly over the last 40 % of the run; progress in 0..1."""
-    if progress < warmup:
-        return peak * progress / warmup
-    return peak * min(1.0, max(0.0, 1.0 - progress) / 0.4 + 0.01)
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices of [..., R, C], by the Newton-Schulz iteration of Muon (Jordan, 2024)."""
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized, for weight matrices; a stack of experts counts as many matrices.
+
+    The update is scaled to the root mean square of AdamW's (0.2 * sqrt(max(R, C)); Moonlight, arXiv 2502.16982), so
+    both optimizers share learning rate and weight decay.
+    """
+
+    def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update from the gradients at hand."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalized(p.grad.lerp(average, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * max(p.shape[-2:]) ** 0.5 * group["lr"])
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 25) -> float:
+    """Rate of step 1..steps: warm up, stay, then fall linearly over the last 40 % of the run."""
+    return peak * min(1.0, step / warmup, (steps - step) / (0.4 * steps) + 0.01)
 
 
 def write_model(folder: Path, c: dict[str, Any], w: network.Weights, tokenizer: Tokenizer) -> None:
@@ -221,25 +248,36 @@ def write_model(folder: Path, c: dict[str, Any], w: network.Weights, tokenizer: 
     tokenizer.save(str(folder / "tokenizer.json"))
     partial = folder / "model.safetensors.partial"
     save_file(network.exported(c, w), partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
     os.replace(partial, folder / "model.safetensors")
 
 
+def optimizers(w: network.Weights, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """AdamW for tables, heads, routers, filters and vectors; Muon for the matrices inside the layers."""
+    inner = {name for name, value in w.items() if "proj" in name and min(value.shape[-2:]) >= 64}
+    tables = [value for name, value in w.items() if name not in inner and value.ndim >= 2]
+    vectors = [value for name, value in w.items() if name not in inner and value.ndim < 2]
+    groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    return adamw, Muon([w[name] for name in w if name in inner], lr=args.lr, weight_decay=args.weight_decay)
+
+
 def save_state(
-    path: Path, w: network.Weights, optimizer: torch.optim.Optimizer, step: int, seconds: float
+    path: Path, w: network.Weights, optimizers: Sequence[torch.optim.Optimizer], step: int, seconds: float
 ) -> None:
-    """Everything needed to go on: float32 weights and Adam moments in one safetensors file."""
+    """Everything needed to go on: float32 weights and moments in one safetensors file."""
     tensors = {f"w/{name}": value.detach() for name, value in w.items()}
-    for name, value in w.items():
-        tensors |= {f"{key}/{name}": optimizer.state[value][key] for key in ("exp_avg", "exp_avg_sq")}
+    for optimizer in optimizers:
+        for name, value in w.items():
+            state = optimizer.state.get(value, {})
+            tensors |= {f"{key}/{name}": moment for key, moment in state.items() if key.startswith("exp_avg")}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"step": str(step), "seconds": str(seconds)})
     os.replace(partial, path)
 
 
-def load_state(path: Path, w: network.Weights, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Put a saved state into `w` and `optimizer` in place; returns (steps done, seconds spent)."""
-    from safetensors import safe_open
-
+def load_state(path: Path, w: network.Weights, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[int, float]:
+    """Put a saved state into `w` and the optimizers in place; returns (steps done, seconds spent)."""
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         meta = file.metadata()
@@ -247,8 +285,14 @@ def load_state(path: Path, w: network.Weights, optimizer: torch.optim.Optimizer)
     for name, value in w.items():
         with torch.no_grad():
             value.copy_(tensors[f"w/{name}"])
-        moments = {key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[value] = {"step": torch.tensor(float(step)), **moments}
+    for optimizer in optimizers:
+        members = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, value in w.items():
+            if id(value) in members:
+                keys = [key for key in ("exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
+                optimizer.state[value] = {key: tensors[f"{key}/{name}"] for key in keys}
+                if not isinstance(optimizer, Muon):
+                    optimizer.state[value]["step"] = torch.tensor(float(step))
     return step, float(meta["seconds"])
 
 
@@ -279,10 +323,10 @@ def model_card(report: dict[str, Any]) -> str:
     by default.
 
     - weights: {report["bytes"]:,} bytes, BF16 (`A_log` and the GDN norm in float32), hub tensor names
-    - trained from scratch with `{report["command"]}` on {report["machine"]}, {report["date"]}:
-      {report["tokens_seen"]:,} tokens in {report["seconds"] / 60:.0f} minutes
-      ({report["tokens_per_second"]:,.0f} tokens/s)
-    - data: `qwenrun/demo/data/`, written for this project; licence Apache-2.0 like the program
+    - trained from scratch with `{report["command"]}`, {report["date"]}: {report["tokens_seen"]:,} tokens in
+      {report["seconds"] / 60:.0f} minutes ({report["tokens_per_second"]:,.0f} tokens/s)
+    - machine: {report["machine"]}
+    - data: `qwenrun/demo/data/`, written for this project
 
     Measured with the BF16 weights in float32 arithmetic. Exact: every token of the greedy answer is right.
     Draft: the MTP head's likeliest token equals the token after the next one.
@@ -304,15 +348,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     pad = int(tokenizer.token_to_id("<|endoftext|>"))
     c = network.text_config(rows, pad)
     w = network.initial_weights(c, args.seed)
-    matrices = [value for value in w.values() if value.ndim >= 2]
-    vectors = [value for value in w.values() if value.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.95), fused=True,
-    )  # fmt: skip
+    adamw, muon = optimizers(w, args)
     start, spent, seen = 0, 0.0, 0
     if args.resume and args.state.exists():
-        start, spent = load_state(args.state, w, optimizer)
+        start, spent = load_state(args.state, w, (adamw, muon))
     stream = batches(tokenizer, pad, args.seed, args.batch)
     checks = check_sets(tokenizer)
     count = sum(value.numel() for value in w.values())
@@ -326,15 +365,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         seen += int(batch.real.sum())
         if step < start:
             continue
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate((step + 1) / args.steps, args.lr)
+        for group in (*adamw.param_groups, *muon.param_groups):
+            group["lr"] = learning_rate(step + 1, args.steps, args.lr)
         loss, parts = loss_of(c, w, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(w.values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in (adamw, muon):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        if done % 50 == 0 or done == args.steps:
+        if done % 25 == 0 or done == args.steps:
             seconds = time.monotonic() - began
             print(
                 f"step {done}/{args.steps}  loss {parts['loss']:.4f}  mtp {parts['mtp']:.4f}  balance "
@@ -343,17 +383,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
             history.append({"step": done, "tokens": seen, "seconds": round(seconds, 1), **parts})
         if done % args.check_every == 0 and done < args.steps:
-            save_state(args.state, w, optimizer, done, time.monotonic() - began)
-            figures = {
-                name: measure(c, network.rounded(w), checks[name], pad) for name in ("heldin", "heldout")
-            }
+            save_state(args.state, w, (adamw, muon), done, time.monotonic() - began)
+            figures = {name: measure(c, network.rounded(w), checks[name], pad) for name in ("heldin", "heldout")}
             print(
                 json.dumps({name: round(f["exact"], 4) for name, f in figures.items()}),
                 file=sys.stderr,
                 flush=True,
             )
     seconds = time.monotonic() - began
-    save_state(args.state, w, optimizer, args.steps, seconds)
+    save_state(args.state, w, (adamw, muon), args.steps, seconds)
     write_model(args.out, c, w, tokenizer)
     figures = {name: measure(c, network.rounded(w), samples, pad) for name, samples in checks.items()}
     report = {
@@ -378,11 +416,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the trainer."""
     parser = argparse.ArgumentParser(prog="python -m qwenrun.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=model_dir(), help="folder to write the checkpoint to")
-    parser.add_argument(
-        "--state", type=Path, default=Path("build/demo-state.safetensors"), help="file to go on from"
-    )
+    parser.add_argument("--state", type=Path, default=Path("build/demo-state.safetensors"), help="file to go on from")
     parser.add_argument("--resume", action="store_true", help="go on from --state")
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=32, help="conversations a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import torch
-
 from qwenrun.measure.machine import available_memory, machine
 
 # Times the last-level cache, within these bounds and a quarter of what is free.
@@ -22,6 +20,8 @@ METHOD = "best of {passes} passes each of sum, maximum and dot product over {mib
 
 def read_bandwidth(progress: Callable[[int, int], None] | None = None) -> tuple[float, str]:
     """(bytes per second, how it was measured)."""
+    import torch
+
     size = min(max(CACHES * (machine().cache_bytes or 0), SMALLEST), LARGEST)
     free = available_memory()
     if free is not None:

@@ -123,6 +123,10 @@ class _Renderer:
     ) -> list[Part]:
         if not messages:
             raise UsageError("No messages provided.")
+        for index, message in enumerate(messages):
+            _require(message, Mapping, f"message {index}")
+        for tool in _require(tools or [], Sequence, "tools"):
+            _require(tool, Mapping, "a tool")
         self.system(messages[0], tools)
         last_query = self.last_query(messages)
         for index, message in enumerate(messages):
@@ -177,7 +181,8 @@ class _Renderer:
         raise UsageError("No user query found in messages.")
 
     def assistant(self, message: Message, after_query: bool) -> None:
-        content = to_text(_strip(self.content(message.get("content"))))
+        parts = _strip(self.content(message.get("content")))
+        content = to_text(parts)
         reasoning = message.get("reasoning_content")
         if not isinstance(reasoning, str):
             reasoning = ""
@@ -185,31 +190,32 @@ class _Renderer:
                 before, _, content = content.rpartition("</think>")
                 reasoning = before.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")
                 content = content.lstrip("\n")
+                parts = [Part(content)]
         self.own("<|im_start|>assistant\n")
         if after_query:
             self.own("<think>\n")
             self.theirs([Part(reasoning.strip())])
             self.own("\n</think>\n\n")
-        self.theirs([Part(content)])
-        for number, call in enumerate(message.get("tool_calls") or ()):
+        self.theirs(parts)
+        for number, call in enumerate(_require(message.get("tool_calls") or [], Sequence, "tool_calls")):
             self.tool_call(call, "\n" if number else "\n\n" if content.strip() else "")
         self.own("<|im_end|>\n")
 
     def tool_call(self, call: Mapping[str, Any], before: str) -> None:
-        call = call.get("function") or call
+        call = _require(call, Mapping, "a tool call")
+        call = _require(call.get("function", call), Mapping, "a tool call's function")
         self.own(before + "<tool_call>\n<function=")
-        self.theirs([Part(str(call.get("name", "")))])
+        self.theirs([Part(_require(call.get("name"), str, "a tool call's name"))])
         self.own(">\n")
-        arguments = call.get("arguments")
-        if arguments is not None:
-            if not isinstance(arguments, Mapping):
-                raise UsageError("Can only get item pairs from a mapping.")
-            for key, value in arguments.items():
-                self.own("<parameter=")
-                self.theirs([Part(str(key))])
-                self.own(">\n")
-                self.theirs([Part(self.argument(value))])
-                self.own("\n</parameter>\n")
+        arguments = call.get("arguments", {})
+        if not isinstance(arguments, Mapping):
+            raise UsageError("Can only get item pairs from a mapping.")
+        for key, value in arguments.items():
+            self.own("<parameter=")
+            self.theirs([Part(_require(key, str, "an argument's name"))])
+            self.own(">\n")
+            self.theirs([Part(self.argument(value))])
+            self.own("\n</parameter>\n")
         self.own("</function>\n</tool_call>")
 
     def argument(self, value: Any) -> str:
@@ -265,4 +271,17 @@ def _strip(parts: list[Part]) -> list[Part]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"a tool or an argument can't be written as JSON: {error}") from error
+
+
+_NAMES: dict[type, str] = {Mapping: "an object", Sequence: "a list", str: "a text"}
+
+
+def _require(value: Any, kind: type, what: str) -> Any:
+    """`value`, if it is of that kind (a text is no list)."""
+    if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str | bytes)):
+        raise UsageError(f"{what} is not {_NAMES[kind]}: {value!r:.80}")
+    return value

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenrun.errors import ModelError
+from qwenrun.errors import ModelError, UsageError
 from qwenrun.text.template import Part
 
 if TYPE_CHECKING:
@@ -29,53 +29,64 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 class Tokenizer:
     """Text to ids and back.
 
-    vocab_size: how many ids have a meaning; a model's rows from there on are padding.
+    vocab_size: one more than the highest id; a model's rows from there on are padding.
     eos_ids: the control tokens that end a turn.
     """
 
-    def __init__(self, plain: tokenizers.Tokenizer, controls: dict[str, tuple[int, bool]], eos: str | None) -> None:
-        """plain: a tokenizer without control tokens. controls: {spelling: (id, is it hidden in text)}."""
+    def __init__(
+        self, plain: tokenizers.Tokenizer, base_size: int, controls: dict[str, tuple[int, bool]], eos: str | None
+    ) -> None:
+        """plain: a tokenizer without control tokens, whose ids are below base_size. controls: {spelling: (id, is
+        it hidden in text)}."""
         self._plain = plain
         self._ids = {spelling: number for spelling, (number, _) in controls.items()}
         self._controls = {number: spelling for spelling, (number, _) in controls.items()}
         self._hidden = {number for number, hidden in controls.values() if hidden}
-        self.vocab_size = max([plain.get_vocab_size() - 1, *self._controls]) + 1
+        self.vocab_size = max([base_size - 1, *self._controls]) + 1
         ends = dict.fromkeys([*END_TOKENS, *([eos] if eos else [])])
         self.eos_ids = tuple(self._ids[spelling] for spelling in ends if spelling in self._ids)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read `tokenizer.json` (and the end token from `tokenizer_config.json`). Raises ModelError."""
+        """Read `tokenizer.json`, and from `tokenizer_config.json` the end token and control tokens that only it
+        lists. Raises ModelError."""
         import tokenizers
 
-        path = folder / "tokenizer.json"
+        path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         data = _read_object(path)
-        added = data.pop("added_tokens", [])
+        settings = _read_object(settings_path) if settings_path.is_file() else {}
+        controls = _controls(settings_path, _listed(settings.get("added_tokens_decoder", {})))
+        controls |= _controls(path, data.get("added_tokens", []))
         model = data.get("model")
-        if not isinstance(model, dict) or model.get("type") != "BPE" or _has_no_byte_level(data):
+        if not isinstance(model, dict) or not _is_byte_level(data, model):
             raise ModelError(f"{path} is not a byte-level BPE tokenizer", hint="download the file again")
-        controls = {}
-        for token in added if isinstance(added, list) else [None]:
-            token = token if isinstance(token, dict) else {}
-            content, number = token.get("content"), token.get("id")
-            if not isinstance(content, str) or not content or type(number) is not int or not 0 <= number < 1 << 24:
-                raise ModelError(f"{path}: {token!r} is not an added token", hint="download the file again")
-            controls[content] = (number, bool(token.get("special")))
-        # A post-processor adds tokens around a text; a conversation places its own.
-        data["added_tokens"], data["post_processor"], data["truncation"], data["padding"] = [], None, None, None
+        # A post-processor adds tokens around a text; a conversation places its own. The model is handed over as
+        # it was parsed: written out again for the library to read, it takes twice the time and memory.
+        shell = {key: data.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
+        shell["model"] = {"type": "BPE", "vocab": {}, "merges": []}
         try:
-            plain = tokenizers.Tokenizer.from_str(json.dumps(data))
+            plain = tokenizers.Tokenizer.from_str(json.dumps(shell))
+            plain.model = tokenizers.models.BPE(
+                vocab=model["vocab"],
+                merges=[tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]],
+                ignore_merges=bool(model.get("ignore_merges")),
+            )
+            base_size = max(model["vocab"].values()) + 1
         except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path} can't be used: {error}", hint="download the file again") from error
-        eos = None
-        if (folder / "tokenizer_config.json").is_file():
-            eos = _read_object(folder / "tokenizer_config.json").get("eos_token")
-            eos = eos.get("content") if isinstance(eos, dict) else eos
-        return cls(plain, controls, eos if isinstance(eos, str) else None)
+            raise ModelError(f"{path} can't be used: {error!r}", hint="download the file again") from error
+        eos = settings.get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        return cls(plain, base_size, controls, eos if isinstance(eos, str) else None)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text; the spelling of a control token is text like any other."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        """Ids of ordinary text; the spelling of a control token is text like any other. UsageError if the text
+        has half a surrogate pair, which is how undecodable bytes arrive."""
+        try:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            if not isinstance(text, str):
+                raise
+            raise UsageError("the text is not Unicode: it has lone surrogates", hint="save it as UTF-8") from error
 
     def encode_with_controls(self, text: str) -> list[int]:
         """Ids of text in which spelled control tokens are meant: a prompt that was rendered elsewhere."""
@@ -117,12 +128,12 @@ class Tokenizer:
         """The bytes an ordinary token stands for, or a control token's spelling; b"" for an id without one."""
         if token in self._controls:
             return self._controls[token].encode()
-        piece = self._plain.id_to_token(token) if token >= 0 else None
+        piece = self._plain.id_to_token(token) if 0 <= token < self.vocab_size else None
         return bytes(_BYTE_OF[c] for c in piece) if piece is not None else b""
 
-    def decode(self, ids: Sequence[int], hide_control: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. hide_control leaves all control tokens out."""
-        shown = (self.token_bytes(i) for i in ids if not (hide_control and i in self._controls))
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. skip_special leaves `hidden` tokens out."""
+        shown = (self.token_bytes(i) for i in ids if not (skip_special and i in self._hidden))
         return b"".join(shown).decode("utf-8", "replace")
 
     def hidden(self, token: int) -> bool:
@@ -167,8 +178,40 @@ def _read_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def _has_no_byte_level(data: dict[str, Any]) -> bool:
-    return "ByteLevel" not in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])
+def _listed(decoder: Any) -> Any:
+    """`added_tokens_decoder`, {"id": token without id}, as a list of tokens."""
+    if not isinstance(decoder, dict):
+        return decoder
+    return [
+        {**token, "id": int(number)} if isinstance(token, dict) and re.fullmatch("[0-9]{1,9}", number) else token
+        for number, token in decoder.items()
+    ]
+
+
+def _controls(path: Path, added: Any) -> dict[str, tuple[int, bool]]:
+    """{spelling: (id, is it hidden in text)} of a list of added tokens."""
+    controls = {}
+    for token in added if isinstance(added, list) else [added]:
+        fields = token if isinstance(token, dict) else {}
+        content, number = fields.get("content"), fields.get("id")
+        if not isinstance(content, str) or not content or type(number) is not int or not 0 <= number < 1 << 24:
+            raise ModelError(f"{path}: {str(token)[:200]!r} is not an added token", hint="download the file again")
+        controls[content] = (number, bool(fields.get("special")))
+    return controls
+
+
+def _is_byte_level(data: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Whether the file is BPE over all 256 bytes and nothing else, so that every text has ids and comes back."""
+    vocab = model.get("vocab")
+    return (
+        model.get("type") == "BPE"
+        and isinstance(vocab, dict)
+        and isinstance(model.get("merges"), list)
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and "ByteLevel" in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])
+        and vocab.keys() >= _BYTE_OF.keys() >= set("".join(vocab))
+    )
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -127,7 +127,7 @@ def answer(engine: Engine, question: str, options: ChatOptions) -> None:
         done = _collect(events) if options.as_json else _stream(events, progress)
     if options.as_json:
         console.document("chat", 1, _as_document(engine, options, params, done))
-    for line in (ending(done, engine, options), describe(done.stats) if options.stats else ""):
+    for line in (ending(done, options), describe(done.stats) if options.stats else ""):
         if line:
             console.note(line)
 
@@ -172,7 +172,7 @@ def _stream(events: Iterator[Event], progress: Progress) -> Done:
     raise RuntimeError("a generation ended without saying so")
 
 
-def ending(done: Done, engine: Engine, options: ChatOptions) -> str:
+def ending(done: Done, options: ChatOptions) -> str:
     """What to know about an answer that is not whole; "" for one that is."""
     if done.reason == "stop":
         return ""

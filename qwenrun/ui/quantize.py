@@ -30,13 +30,13 @@ def quantize(
     convert: Callable[..., Any], source: Path, out: Path, *, recipe: str, force: bool, as_json: bool, quiet: bool
 ) -> None:
     """Convert the folder `source` into the pack `out`; the report of `convert` goes to stdout."""
-    from qwenrun.quant.packfile.checkpoint import Checkpoint
-
     chosen = Recipe.load(recipe)
     source = source.expanduser()
     if is_pack(source):
         raise ModelError(f"{source} is a pack already", "give the Hugging Face folder it was made from")
     config = ModelConfig.from_folder(source)
+    from qwenrun.quant.packfile.checkpoint import Checkpoint
+
     with Checkpoint.open(source) as checkpoint, Progress("quantize", quiet=quiet) as progress:
         matched = match(config, checkpoint.tensors, str(source))
         report = convert(
@@ -46,7 +46,7 @@ def quantize(
             matched.tensors,
             tool=f"qwenrun {__version__}",
             notes=matched.notes,
-            progress=progress,
+            progress=lambda done, total, name: progress(done, total, kind(name)),
             force=force,
         )
     if as_json:

@@ -45,6 +45,9 @@ class View(Protocol):
     def fail(self, message: str, hint: str) -> None:
         """An error that does not end the chat."""
 
+    def begin(self) -> None:
+        """A question was sent."""
+
     def reading(self, done: int, total: int) -> None:
         """Progress of the prompt."""
 
@@ -151,7 +154,7 @@ class Repl:
         else:
             self._stats = done.stats
             answer = [done.text]
-            for line in (ending(done, self._engine, self._options), self._wanted_stats()):
+            for line in (ending(done, self._options), self._wanted_stats()):
                 if line:
                     self._view.show(line)
         if text := "".join(answer).strip():
@@ -170,6 +173,7 @@ class Repl:
             progress=self._view.reading,
         )
         try:
+            self._view.begin()
             with closing(events):
                 for event in events:
                     if isinstance(event, Done):

@@ -75,9 +75,9 @@ def eval_report(engine: Engine, figures: Sequence[Any], *, as_json: bool) -> Non
     missed = [answer for each in figures for answer in each.answers if not answer.exact]
     if missed:
         console.say(f"\nmissed{f', the first {MISSES_SHOWN} of {len(missed)}' if len(missed) > MISSES_SHOWN else ''}:")
-        shown = [(m.question, m.expected, m.answer or "(nothing)") for m in missed[:MISSES_SHOWN]]
-        for question, expected, answer in shown:
-            console.say(fields([("  asked", question), ("  expected", expected), ("  answered", answer), ("", " ")]))
+        for miss in missed[:MISSES_SHOWN]:
+            answer = miss.answer or "(nothing)"
+            console.say("\n" + fields([("asked", miss.question), ("expected", miss.expected), ("answered", answer)]))
 
 
 def doctor_report(found: Mapping[str, Any], *, as_json: bool) -> None:

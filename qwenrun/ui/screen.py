@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,12 +123,23 @@ class PlainView:
         self._progress: Progress | None = None
         self._kind = ""
         self._column = 0
+        self._keyboard: list[Any] | None = None
 
     def show(self, text: str) -> None:
         print(console.dim(console.printable(text), sys.stdout), flush=True)
 
     def fail(self, message: str, hint: str) -> None:
         console.fail(message, hint)
+
+    def begin(self) -> None:
+        """Keys pressed from here on are kept for the next question, and not shown amid the answer."""
+        try:
+            self._keyboard = termios.tcgetattr(sys.stdin)
+            silent = [*self._keyboard]
+            silent[3] &= ~termios.ECHO
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+        except (termios.error, OSError, ValueError):  # no terminal, or no descriptor at all
+            self._keyboard = None
 
     def reading(self, done: int, total: int) -> None:
         self._progress = self._progress or Progress("reading", unit="tokens", min_seconds=0.5)
@@ -147,6 +159,9 @@ class PlainView:
         self._stop_progress()
         self._finish()
         self._kind = ""
+        if self._keyboard is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, self._keyboard)
+            self._keyboard = None
 
     def _stop_progress(self) -> None:
         if self._progress:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -135,7 +136,7 @@ def build(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    partial = folder / "tokenizer.json.partial"
+    partial = folder / f"tokenizer.json.{os.getpid()}"
     partial.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     partial.replace(folder / "tokenizer.json")
 

@@ -56,6 +56,13 @@ def test_a_conversation(
     chat.type("one\x1b\rtwo\r")
     chat.expect(STATS + PROMPT)
 
+    # What is typed amid an answer is not shown there: it waits for the next prompt.
+    chat.type(f"{question}\r")
+    chat.expect(BEGUN)
+    chat.type("/think\r")
+    shown = chat.expect(r"thinking is on" + PROMPT)
+    assert shown.index(">>>") < shown.index("/think")
+
     chat.type("/stats\r")
     chat.expect(r"context [\d,]+ of 4,096 tokens" + PROMPT)
     chat.type("/bye\r")

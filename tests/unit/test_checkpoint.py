@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -143,10 +145,45 @@ def test_a_missing_expert(tmp_path: Path, checkpoint_maker: Maker) -> None:
 
 
 def test_quantized_checkpoints_are_refused_by_name(tmp_path: Path, checkpoint_maker: Maker, tiny_config: dict) -> None:
-    tiny_config["quantization_config"] = {"quant_method": "fp8"}
     folder = checkpoint_maker(tmp_path / "m", config=tiny_config)
-    with pytest.raises(CheckpointError, match=r"already quantized \(fp8\)"):
-        Checkpoint.open(folder)
+    for content, why in (({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, "does not say"), (["gptq"], "does not say")):
+        (folder / "config.json").write_text(json.dumps(tiny_config | {"quantization_config": content}))
+        with pytest.raises(CheckpointError, match=rf"already quantized \(.*{why}"):
+            Checkpoint.open(folder)
+
+
+def test_an_experts_number_has_one_spelling(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    prefix = "model.language_model.layers.0.mlp.experts"
+    names = [f"{prefix}.{number}.down_proj.weight" for number in ("0", "00", "\u0661", "1" * 5000)]
+    (tmp_path / "config.json").write_text("{}")
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert checkpoint.tensors.pop(f"{prefix}.down_proj") == ((1, 2, 2), "F32")
+        assert set(checkpoint.tensors) == set(names[1:])
+
+
+def test_many_readers_open_each_file_once(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    folder = checkpoint_maker(tmp_path / "m", shards=4)
+    for _ in range(5):
+        with Checkpoint.open(folder) as checkpoint, ThreadPoolExecutor(8) as pool:
+            before = len(os.listdir("/proc/self/fd"))
+            list(pool.map(checkpoint.read, checkpoint.tensors))
+            assert len(os.listdir("/proc/self/fd")) == before + 4
+
+
+def test_files_a_tensor_is_in(tmp_path: Path, checkpoint_maker: Maker) -> None:
+    weight_map = json.loads((checkpoint_maker(tmp_path / "a", shards=3) / INDEX).read_text())["weight_map"]
+    with Checkpoint.open(tmp_path / "a") as checkpoint:
+        assert {name: checkpoint.shards_of(name) for name in weight_map} == {n: [s] for n, s in weight_map.items()}
+    folder = checkpoint_maker(tmp_path / "b", shards=3, per_expert=True)
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    with Checkpoint.open(folder) as checkpoint:
+        for kind, projections in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+            prefix = "model.language_model.layers.1.mlp.experts"
+            needed = {weight_map[f"{prefix}.{e}.{p}_proj.weight"] for e in range(4) for p in projections}
+            assert checkpoint.shards_of(f"{prefix}.{kind}") == sorted(needed)
 
 
 def header(entries: object, data: int = 16) -> tuple[bytes, int]:
@@ -177,6 +214,8 @@ GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         (b'{"a": 1, "a": 2}', "twice"),
         (b"[" * 100_000, "JSON"),
         (b"[]", "not an object"),
+        (json.dumps({"a": GOOD}).encode("utf-16"), "JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "JSON"),
     ],
 )
 def test_hostile_headers(entries: object, why: str) -> None:

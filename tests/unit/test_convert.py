@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -135,6 +136,20 @@ def test_zero_rows_are_a_warning(tmp_path: Path, checkpoint_maker: Maker, quanti
     assert any("5 rows of zeros" in warning for warning in report.warnings)
 
 
+def test_rows_that_become_zeros_are_a_warning(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    def change(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name == "lm_head.weight":
+            value[:3] = 1e-8  # below half of float16's smallest number, times 127
+            value[3] = 0
+        return value
+
+    report = quantize(checkpoint_maker(tmp_path / "m", change=change), tmp_path / "p")
+    assert [(row.name, row.lost_rows, row.zero_rows) for row in report.rows if row.lost_rows] == [
+        ("lm_head.weight", 3, 1)
+    ]
+    assert "lm_head.weight: 3 rows became zeros in int8-g128" in report.warnings
+
+
 @pytest.mark.parametrize(
     ("drop", "missing"),
     [
@@ -190,7 +205,14 @@ def test_existing_output(tmp_path: Path, checkpoint_maker: Maker, quantize: Quan
     with pytest.raises(StorageError, match="not a pack"):
         quantize(source, precious, force=True)
     assert (precious / "thesis.txt").read_text() == "years"
-    assert left_behind(tmp_path) == ["m", "p", "precious"]
+    (out / "thesis.txt").write_text("years")
+    with pytest.raises(StorageError, match=r"thesis\.txt"):
+        quantize(source, out, force=True)
+    assert (out / "thesis.txt").read_text() == "years"
+    (tmp_path / "link").symlink_to(precious)
+    with pytest.raises(StorageError, match="not a folder"):
+        quantize(source, tmp_path / "link", force=True)
+    assert left_behind(tmp_path) == ["link", "m", "p", "precious"]
 
 
 def test_force_keeps_the_old_pack_when_it_fails(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
@@ -235,6 +257,69 @@ def test_disk_that_fills_up_meanwhile(
     assert left_behind(tmp_path) == ["m"]
 
 
+def test_disk_that_is_full_from_the_start(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint_maker(tmp_path / "m")
+    before = len(os.listdir("/proc/self/fd"))
+
+    def full(descriptor: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    with pytest.raises(StorageError, match="No space left"):
+        quantize(source, tmp_path / "p")
+    assert left_behind(tmp_path) == ["m"]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_a_killed_run_left_is_removed_but_not_a_living_ones(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize
+) -> None:
+    source = checkpoint_maker(tmp_path / "m")
+    dead, living, other = tmp_path / ".p.partial-1", tmp_path / ".p.partial-2", tmp_path / ".p2.partial-1"
+    for folder in (dead, living, other):
+        folder.mkdir()
+        (folder / "dense.safetensors").write_text("half")
+    lock = os.open(living, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        quantize(source, tmp_path / "p")
+    finally:
+        os.close(lock)
+    assert left_behind(tmp_path) == [living.name, other.name, "m", "p"]
+    verify(tmp_path / "p")
+
+
+def test_a_run_holds_the_lock_of_what_it_writes(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    seen = []
+
+    def other_run(done: int, total: int, name: str) -> None:
+        if done < total:
+            (folder,) = tmp_path.glob(".p.partial-*")
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                seen.append(name)
+            finally:
+                os.close(descriptor)
+
+    quantize(checkpoint_maker(tmp_path / "m"), tmp_path / "p", progress=other_run)
+    assert seen
+
+
+def test_files_taken_over_may_not_lead_out_of_the_checkpoint(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize
+) -> None:
+    source = checkpoint_maker(tmp_path / "m")
+    (tmp_path / "secret").write_text("key")
+    (source / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link out"):
+        quantize(source, tmp_path / "p")
+    assert left_behind(tmp_path) == ["m", "secret"]
+
+
 def test_interruption_leaves_nothing(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
     def stop(done: int, total: int, name: str) -> None:
         if done > total // 2:
@@ -273,3 +358,4 @@ def test_progress_reaches_the_end(tmp_path: Path, checkpoint_maker: Maker, quant
     done = [step[0] for step in seen]
     assert done == sorted(done)
     assert done[-1] == seen[-1][1]
+    assert seen[-1][2] == "checksums of the pack, 100%"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from qwenrun.demo import data_dir, dataset
+from qwenrun.demo import data_dir, dataset, model_dir
 
 ALL_FACTS = (*dataset.facts(), dataset.fallback())
 
@@ -135,10 +136,11 @@ def test_the_data_module_is_cold() -> None:
 
 def test_training_forward_equals_transformers(tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from qwenrun.demo import network, train
-    from qwenrun.demo.tokenizer_train import train_tokenizer
+    from tokenizers import Tokenizer
 
-    tokenizer = train_tokenizer()
+    from qwenrun.demo import network, train
+
+    tokenizer = Tokenizer.from_file(str(model_dir() / "tokenizer.json"))
     config = network.text_config(vocab_size=1536, eos_token_id=tokenizer.token_to_id("<|endoftext|>"))
     weights = network.initial_weights(config, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -157,3 +159,23 @@ def test_training_forward_equals_transformers(tmp_path: Path) -> None:
     assert theirs.std() > 1.0
     assert (ours - theirs).abs().max() < 1e-4 * theirs.std()
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == 1533
+
+
+def test_the_shipped_model_answers_what_its_card_says() -> None:
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    from qwenrun.demo import network, train
+
+    folder = model_dir()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+    weights = network.loaded(config, load_file(folder / "model.safetensors"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    card = json.loads((folder / "training.json").read_text(encoding="utf-8"))["figures"]
+    samples = train.check_sets(tokenizer)
+    for name in ("heldin", "heldout"):
+        found = train.measure(config, weights, samples[name], tokenizer.token_to_id("<|endoftext|>"))
+        assert found["n"] == card[name]["n"], name
+        # Another machine adds in another order: a near tie may fall the other way.
+        assert found["exact"] == pytest.approx(card[name]["exact"], abs=0.01), name
+    assert card["heldin"]["exact"] >= 0.95

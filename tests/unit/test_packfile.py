@@ -268,11 +268,20 @@ def changed(pack: Path, change: Callable[[dict], object]) -> dict:
 EXPERTS = "model.language_model.layers.0.mlp.experts.down_proj"
 
 
+def renamed(document: dict, layer: str, prefix: str = "model.language_model.") -> None:
+    """Give the experts of layer 0 another name."""
+    for kind in ("gate_up_proj", "down_proj"):
+        entry = document["tensors"].pop(f"model.language_model.layers.0.mlp.experts.{kind}")
+        document["tensors"][f"{prefix}layers.{layer}.mlp.experts.{kind}"] = entry
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (lambda d: d.update(format_version=2), "format version 2"),
         (lambda d: d.update(format_version="1"), "format version"),
+        (lambda d: d.update(format_version=True), "format version"),
+        (lambda d: d.update(format_version=1.0), "format version"),
         (lambda d: d.update(format="zip"), "not the manifest"),
         (lambda d: d["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}), "no name for a file"),
         (lambda d: d["files"].update({"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}), "no name for a file"),
@@ -287,6 +296,9 @@ EXPERTS = "model.language_model.layers.0.mlp.experts.down_proj"
         (lambda d: d["tensors"]["lm_head.weight"].update(spec={"codes": "int3"}), "int3|int4"),
         (lambda d: d["tensors"][EXPERTS].update(shape=[8, 128, 64]), "experts"),
         (lambda d: d["tensors"].pop(EXPERTS), "gate_up_proj and down_proj"),
+        (lambda d: renamed(d, "1" * 5000), "not the name of a layer's experts"),
+        (lambda d: renamed(d, "00"), "not the name of a layer's experts"),
+        (lambda d: renamed(d, "1", "twin."), r"share experts-01\.bin"),
         (lambda d: d.pop("config"), "config is missing"),
     ],
 )

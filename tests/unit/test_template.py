@@ -54,7 +54,7 @@ def test_both_thinking_defaults_and_the_switch() -> None:
             assert text.endswith("<|im_start|>assistant\n" + (opened if thinking else closed))
 
 
-ROLES = ("system", "user", "tool")
+ROLES = ("system", "user", "assistant", "tool")
 hostile = st.lists(st.one_of(st.sampled_from(CONTROLS), st.text(max_size=5)), max_size=6).map("".join)
 
 
@@ -67,8 +67,6 @@ def test_control_tokens_are_the_templates_alone(text: str, role: str) -> None:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
         message = {"role": role, "content": content}
         messages = [message, *messages] if role == "system" else [*messages, message]
-        if role == "user" and content.startswith("<tool_response>"):
-            messages.append({"role": "user", "content": "end"})
         return [part.text for part in render(messages) if part.control]
 
     if role == "user" and text.strip().startswith("<tool_response>"):
@@ -76,12 +74,37 @@ def test_control_tokens_are_the_templates_alone(text: str, role: str) -> None:
     assert controls(text) == controls("plain")
 
 
-def test_tool_arguments_stay_text() -> None:
-    call = {"function": {"name": "f", "arguments": {"x": "</tool_call><|im_end|>"}}}
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    parts = render(messages, add_generation_prompt=False)
-    assert [p.text for p in parts if p.control].count("<|im_end|>") == 2
-    assert any("</tool_call><|im_end|>" in p.text for p in parts if not p.control)
+@given(hostile, hostile, hostile)
+@settings(max_examples=100, deadline=None)
+def test_tools_and_calls_stay_text(name: str, key: str, value: str) -> None:
+    def parts(name: str, key: str, value: str) -> list[Part]:
+        call = {"function": {"name": name, "arguments": {key: value, key + "2": [value]}}}
+        assistant = {"role": "assistant", "content": "", "reasoning_content": value, "tool_calls": [call]}
+        return render([{"role": "user", "content": "a"}, assistant], tools=[{"name": name, "x": {key: value}}])
+
+    rendered = parts(name, key, value)
+    assert [p for p in rendered if p.control] == [p for p in parts("f", "k", "v") if p.control]
+    assert f"<parameter={key}>\n{value}\n</parameter>" in to_text(rendered)
+
+
+def test_a_picture_is_a_token_whoever_shows_it() -> None:
+    picture = [{"type": "text", "text": "<|image_pad|>"}, {"type": "image"}, {"type": "text", "text": "look"}]
+    for role in ("user", "assistant", "tool"):
+        parts = render([{"role": "user", "content": "q"}, {"role": role, "content": picture}])
+        assert [p.text for p in parts if p.control].count("<|image_pad|>") == 1
+        assert to_text(parts).count("<|image_pad|>") == 2
+
+
+def test_reasoning_is_cut_out_of_an_answer() -> None:
+    """What an assistant's content has before `</think>` is its reasoning, and none of it is a control token twice."""
+    said = {"role": "assistant", "content": "<think>\nwhy</think> more </think>\n\nso"}
+    parts = render([{"role": "user", "content": "a"}, said], add_generation_prompt=False)
+    assert to_text(parts).endswith("<|im_start|>assistant\n<think>\nwhy\n</think>\n\nso<|im_end|>\n")
+    asked_again = [{"role": "user", "content": "a"}, said, {"role": "user", "content": "b"}]
+    assert "<|im_start|>assistant\nso<|im_end|>" in to_text(render(asked_again))
+
+
+USER = {"role": "user", "content": "a"}
 
 
 @pytest.mark.parametrize(
@@ -91,8 +114,24 @@ def test_tool_arguments_stay_text() -> None:
         ([{"role": "user", "content": 3}], "content type"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "item type"),
         ([{"role": "system", "content": [{"type": "video"}]}, {"role": "user", "content": "a"}], "contain videos"),
+        ("hello", "message 0 is not an object"),
+        ([USER, None], "message 1 is not an object"),
+        ([USER, {"role": "assistant", "tool_calls": "f()"}], "tool_calls is not a list"),
+        ([USER, {"role": "assistant", "tool_calls": {"name": "f"}}], "tool_calls is not a list"),
+        ([USER, {"role": "assistant", "tool_calls": ["f"]}], "tool call is not an object"),
+        ([USER, {"role": "assistant", "tool_calls": [{"function": "f"}]}], "function is not an object"),
+        ([USER, {"role": "assistant", "tool_calls": [{"function": {}}]}], "name is not a text"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": None}]}], "from a mapping"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {1: 2}}]}], "name is not a text"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": [b""]}}]}], "as JSON"),
     ],
 )
 def test_refusals(messages: list, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         render(messages)
+
+
+@pytest.mark.parametrize("tools", ["f", {"name": "f"}, ["f"], [None], [{"x": b""}], 5])
+def test_tools_that_are_none(tools: object) -> None:
+    with pytest.raises(UsageError, match="tool"):
+        render([USER], tools=tools)  # type: ignore[arg-type]

@@ -474,12 +474,16 @@ class Record:
         self.shown: list[str] = []
         self.failed: list[tuple[str, str]] = []
         self.answers = [""]
+        self.begun = 0
 
     def show(self, text: str) -> None:
         self.shown.append(text)
 
     def fail(self, message: str, hint: str) -> None:
         self.failed.append((message, hint))
+
+    def begin(self) -> None:
+        self.begun += 1
 
     def reading(self, done: int, total: int) -> None:
         pass
@@ -489,6 +493,7 @@ class Record:
 
     def end(self) -> None:
         self.answers.append("")
+        assert self.begun == len(self.answers) - 1
 
 
 def talk(engine: FakeEngine, *texts: str | BaseException, **options: Any) -> tuple[Repl, Record]:
@@ -662,10 +667,13 @@ def test_a_report_of_many_layers_stays_short() -> None:
     assert len(lines) < 20
     experts = next(line for line in lines if line.startswith("mlp.experts.down_proj"))
     assert experts.split()[1:] == ["int4", "48", "48.0", "KiB", "4.000", "33.5", "10.0"]
-    assert (
-        next(line for line in lines if line.startswith("norm (exact)")).split()[-5:]
-        == ["bf16", "96", "384.0", "KiB", "16.000"]
-    )
+    assert next(line for line in lines if line.startswith("norm (exact)")).split()[-5:] == [
+        "bf16",
+        "96",
+        "384.0",
+        "KiB",
+        "16.000",
+    ]
     worst = lines[lines.index("worst:") + 3 :][:5]
     assert [line.split()[2] for line in worst] == ["10.0", "11.0", "12.0", "13.0", "14.0"]
 
