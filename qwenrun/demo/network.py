@@ -264,7 +264,8 @@ def gated_delta_net(c: dict[str, Any], w: Weights, at: str, x: Tensor) -> Tensor
     taps = w[f"{at}conv1d.weight"]
     mixed = F.pad(F.linear(x, w[f"{at}in_proj_qkv.weight"]), (0, 0, taps.shape[-1] - 1, 0))
     # Depthwise convolution as a sum of shifted products: on a CPU faster than conv1d with its backward.
-    mixed = F.silu(sum(mixed[:, i : i + t] * taps[:, 0, i] for i in range(taps.shape[-1])))
+    shifted = [mixed[:, i : i + t] * taps[:, 0, i] for i in range(taps.shape[-1])]
+    mixed = F.silu(torch.as_tensor(sum(shifted)))
     q, k, v = mixed.split((nk * dk, nk * dk, nv * dv), -1)
     q = l2_norm(q.view(b, t, nk, dk)) * dk**-0.5
     k = l2_norm(k.view(b, t, nk, dk))

@@ -177,7 +177,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients at hand."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -193,28 +193,32 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 25) -> float
     return peak * min(1.0, step / warmup, (steps - step) / (0.4 * steps) + 0.01)
 
 
+def token_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a token that the tokenizer has."""
+    number = tokenizer.token_to_id(text)
+    assert number is not None, text
+    return number
+
+
 def write_model(folder: Path, c: dict[str, Any], w: network.Weights, tokenizer: Tokenizer) -> None:
     """Write the checkpoint folder: config, weights, tokenizer, generation defaults."""
     folder.mkdir(parents=True, exist_ok=True)
 
-    def token_id(text: str) -> int:
-        return int(tokenizer.token_to_id(text))
-
     config = {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-        "image_token_id": token_id("<|image_pad|>"),
+        "image_token_id": token_id(tokenizer, "<|image_pad|>"),
         "model_type": "qwen3_5_moe",
         "text_config": c,
         "tie_word_embeddings": False,
         "transformers_version": "4.57.0.dev0",
-        "video_token_id": token_id("<|video_pad|>"),
-        "vision_end_token_id": token_id("<|vision_end|>"),
-        "vision_start_token_id": token_id("<|vision_start|>"),
+        "video_token_id": token_id(tokenizer, "<|video_pad|>"),
+        "vision_end_token_id": token_id(tokenizer, "<|vision_end|>"),
+        "vision_start_token_id": token_id(tokenizer, "<|vision_start|>"),
     }
     generation = {
         "do_sample": False,
-        "eos_token_id": [token_id("<|im_end|>"), token_id("<|endoftext|>")],
-        "pad_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": [token_id(tokenizer, "<|im_end|>"), token_id(tokenizer, "<|endoftext|>")],
+        "pad_token_id": token_id(tokenizer, "<|endoftext|>"),
         "presence_penalty": 0.0,
         "thinking_default": False,
     }
@@ -345,7 +349,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
     tokenizer = train_tokenizer()
     rows = math.ceil(tokenizer.get_vocab_size() / ROWS_MULTIPLE) * ROWS_MULTIPLE
-    pad = int(tokenizer.token_to_id("<|endoftext|>"))
+    pad = token_id(tokenizer, "<|endoftext|>")
     c = network.text_config(rows, pad)
     w = network.initial_weights(c, args.seed)
     adamw, muon = optimizers(w, args)
