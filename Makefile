@@ -43,7 +43,10 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 demo: setup ## quantize the embedded model, show its memory, ask it two questions
-	@set -e; run() { echo; printf '$$ qwenrun'; printf ' %q' "$$@"; echo; $(BIN)/qwenrun "$$@"; }; \
+	@set -e; run() { \
+	  printf '\n$$ qwenrun'; \
+	  for word in "$$@"; do case $$word in *' '*) printf ' "%s"' "$$word";; *) printf ' %s' "$$word";; esac; done; \
+	  echo; $(BIN)/qwenrun "$$@"; }; \
 	run quantize $(DEMO_MODEL) -o $(DEMO_PACK) --force; \
 	run vram $(DEMO_PACK) --ctx 1k,4k; \
 	run chat -m $(DEMO_PACK) -p "What is qwenrun?"; \

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,32 @@ _KNOWN = {
 # Larger numbers than these are a broken or hostile file, not a model.
 _MAX_SIZE = 1 << 24
 _MAX_CONFIG_BYTES = 4 << 20
+DTYPES = ("bfloat16", "float16", "float32")
+# Keys that would change the maths, and the values under which it is the one implemented here. A file need not
+# have them; one that has another value is another model.
+_TEXT_MUST_BE: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "attn_output_gate": (True,),
+    "output_gate_type": ("swish", "silu"),
+    "mlp_only_layers": ([],),
+    "decoder_sparse_step": (1,),
+    "norm_topk_prob": (True,),
+    "mtp_use_dedicated_embeddings": (False,),
+}
+# As YaRN's authors chose them; the rotary kernel has no other.
+_YARN_MUST_BE: dict[str, tuple[object, ...]] = {
+    "beta_fast": (32,),
+    "beta_slow": (1,),
+    "truncate": (True,),
+    "attention_factor": (),
+    "mscale": (),
+    "mscale_all_dim": (),
+}
+_VISION_MUST_BE: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "deepstack_visual_indexes": ([],),
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +129,21 @@ class ModelConfig:
     raw: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @cached_property
+    def positions(self) -> int:
+        """Tokens the rotary positions reach: what the model was made for, or what its YaRN stretches that to."""
+        stretched = int(self.rope.factor * self.rope.original_max_position)
+        return max(self.max_position, stretched) if self.rope.yarn else self.max_position
+
+    def yarn_factor(self, ctx: int) -> int:
+        """The smallest whole YaRN factor under which `ctx` tokens have positions; 1 if they have without more.
+
+        Published for this family are 2 (524,288 tokens) and 4 (1,010,000).
+        """
+        if ctx <= self.positions:
+            return 1
+        return -(-ctx // (self.rope.original_max_position or self.max_position))
+
+    @cached_property
     def key_size(self) -> int:
         """Channels of all DeltaNet key heads together (as many as of its query heads)."""
         return self.linear_key_heads * self.linear_key_dim
@@ -136,14 +179,16 @@ class ModelConfig:
         model_type = top.text("model_type")
         if model_type not in _KNOWN:
             raise ModelError(
-                f"{where}: model_type {model_type!r} is not an architecture qwenrun knows"
+                f"{where}: model_type {_shown(model_type)} is not an architecture qwenrun knows"
                 f" (it knows {', '.join(_KNOWN)})",
                 hint="qwenrun runs the Qwen3.5 and Qwen3.6 family; see: qwenrun vram --help",
             )
         nested, is_moe = _KNOWN[model_type]
         text = top.section("text_config") if nested else top
+        text.must_be(_TEXT_MUST_BE)
         layers = text.size("num_hidden_layers", limit=4096)
         head_dim = text.size("head_dim")
+        text.require(head_dim % 2 == 0, "head_dim", f"{head_dim} is odd")
         heads, kv_heads = text.size("num_attention_heads"), text.size("num_key_value_heads")
         key_heads, value_heads = text.size("linear_num_key_heads"), text.size("linear_num_value_heads")
         text.require(heads % kv_heads == 0, "num_attention_heads", f"{heads} is no multiple of {kv_heads} KV heads")
@@ -152,17 +197,15 @@ class ModelConfig:
             "linear_num_value_heads",
             f"{value_heads} is no multiple of {key_heads} key heads",
         )
-        if text.get("mlp_only_layers"):
-            raise ModelError(f"{where}: mlp_only_layers {text.get('mlp_only_layers')!r} is not supported")
         experts = text.size("num_experts") if is_moe else 0
         top_k = text.size("num_experts_per_tok") if is_moe else 0
         text.require(top_k <= experts, "num_experts_per_tok", f"{top_k} of {experts} experts")
-        vision = top.section("vision_config") if nested and top.get("vision_config") is not None else None
+        hidden = text.size("hidden_size")
         return cls(
             name=name,
             model_type=model_type,
             is_moe=is_moe,
-            hidden_size=text.size("hidden_size"),
+            hidden_size=hidden,
             num_layers=layers,
             layer_types=_layer_types(text, layers),
             vocab_size=text.size("vocab_size"),
@@ -185,7 +228,7 @@ class ModelConfig:
             shared_size=text.size("shared_expert_intermediate_size") if is_moe else 0,
             mlp_size=0 if is_moe else text.size("intermediate_size"),
             mtp_layers=_mtp_layers(text),
-            vision=_vision(vision) if vision else None,
+            vision=_vision(top.section("vision_config"), hidden) if nested and top.has("vision_config") else None,
             eos_ids=_eos(text if text.has("eos_token_id") else top),
             raw=top.data,
         )
@@ -235,6 +278,15 @@ def read_json(path: Path) -> object:
         raise ModelError(f"{path} is not valid JSON: {error}", hint="download the file again") from error
 
 
+def _shown(value: object, limit: int = 80) -> str:
+    """A value of a file for an error message: escaped, and not longer than a line."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested a thousand deep, or an integer of thousands of digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 class _Reader:
     """A dictionary whose values are fetched with their type checked."""
 
@@ -261,36 +313,44 @@ class _Reader:
         self.require(self.has(key), key, "is missing")
         return self.data[key]
 
+    def must_be(self, allowed: Mapping[str, tuple[object, ...]]) -> None:
+        """Refuse a file in which one of these keys is there (and not null) with a value that is not listed."""
+        for key, values in allowed.items():
+            if self.has(key) and self.data[key] not in values:
+                known = f"only {' or '.join(map(repr, values))} is known" if values else "is not known"
+                raise self.fail(key, f"{_shown(self.data[key])}: {known}")
+
     def section(self, key: str) -> _Reader:
         return _Reader(self.need(key), f"{self.where}: {key}")
 
     def text(self, key: str) -> str:
         value = self.need(key)
-        self.require(isinstance(value, str), key, f"{value!r} is not a string")
+        self.require(isinstance(value, str), key, f"{_shown(value)} is not a string")
         return value
 
     def size(self, key: str, limit: int = _MAX_SIZE) -> int:
         value = self.need(key)
-        self.require(type(value) is int and 0 < value <= limit, key, f"{value!r} is not a number in 1..{limit}")
+        self.require(type(value) is int and 0 < value <= limit, key, f"{_shown(value)} is not a number in 1..{limit}")
         return value
 
     def number(self, key: str) -> float:
         value = self.need(key)
         good = type(value) in (int, float) and 0 < value < 1e30
-        self.require(good, key, f"{value!r} is not a positive number")
+        self.require(good, key, f"{_shown(value)} is not a positive number")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.need(key)
-        self.require(isinstance(value, bool), key, f"{value!r} is not true or false")
+        self.require(isinstance(value, bool), key, f"{_shown(value)} is not true or false")
         return value
 
 
 def _layer_types(text: _Reader, layers: int) -> tuple[str, ...]:
     if text.has("layer_types"):
         types = text.get("layer_types")
-        good = isinstance(types, list) and all(t in (LINEAR, FULL) for t in types)
-        text.require(good, "layer_types", f"is not a list of {LINEAR!r} and {FULL!r}")
+        text.require(isinstance(types, list), "layer_types", f"{_shown(types)} is not a list")
+        for i, kind in enumerate(types):
+            text.require(kind in (LINEAR, FULL), "layer_types", f"{_shown(kind)} (layer {i}) is not {LINEAR} or {FULL}")
         text.require(len(types) == layers, "layer_types", f"has {len(types)} entries for {layers} layers")
         return tuple(types)
     interval = text.size("full_attention_interval", limit=4096)
@@ -301,14 +361,16 @@ def _dtype(top: _Reader, text: _Reader) -> str:
     for reader in (text, top):
         for key in ("dtype", "torch_dtype"):
             if reader.has(key):
-                return reader.text(key)
+                value = reader.text(key)
+                reader.require(value in DTYPES, key, f"{_shown(value)} is none of {', '.join(DTYPES)}")
+                return value
     raise text.fail("dtype", "is missing")
 
 
 def _rope(text: _Reader, head_dim: int) -> RopeConfig:
-    rope = text.section("rope_parameters")
+    rope = _rope_section(text)
     kind = rope.text("rope_type")
-    rope.require(kind in ("default", "yarn"), "rope_type", f"{kind!r} is not 'default' or 'yarn'")
+    rope.require(kind in ("default", "yarn"), "rope_type", f"{_shown(kind)} is not 'default' or 'yarn'")
     # Some files repeat the factor beside rope_parameters; the inner one is what is used.
     factor = rope.number("partial_rotary_factor")
     rotary = int(head_dim * factor)
@@ -316,23 +378,33 @@ def _rope(text: _Reader, head_dim: int) -> RopeConfig:
     rope.require(good, "partial_rotary_factor", f"{factor} of {head_dim} dimensions")
     section = rope.need("mrope_section")
     good = isinstance(section, list) and len(section) == 3 and all(type(n) is int and n >= 0 for n in section)
-    rope.require(good, "mrope_section", f"{section!r} is not three numbers")
+    rope.require(good, "mrope_section", f"{_shown(section)} is not three numbers")
     rope.require(sum(section) == rotary // 2, "mrope_section", f"{section} does not sum to {rotary // 2}")
     interleaved = rope.get("mrope_interleaved")
-    rope.require(interleaved is True, "mrope_interleaved", f"{interleaved!r}: only the interleaved form is known")
-    return RopeConfig(
-        theta=rope.number("rope_theta"),
-        rotary_dim=rotary,
-        mrope_section=tuple(section),
-        kind=kind,
-        factor=rope.number("factor") if kind == "yarn" else 1.0,
-        original_max_position=rope.size("original_max_position_embeddings") if kind == "yarn" else 0,
-    )
+    rope.require(interleaved is True, "mrope_interleaved", f"{_shown(interleaved)}: only true is known")
+    plain = RopeConfig(rope.number("rope_theta"), rotary, tuple(section))
+    if kind == "default":
+        return plain
+    rope.must_be(_YARN_MUST_BE)
+    stretch = rope.number("factor")
+    rope.require(1 <= stretch <= 1024, "factor", f"{stretch} is not in 1..1024")
+    original = rope.size("original_max_position_embeddings")
+    return replace(plain, kind=kind, factor=stretch, original_max_position=original)
+
+
+def _rope_section(text: _Reader) -> _Reader:
+    """`rope_parameters`, or the spelling before it: `rope_scaling`, with two of its keys beside it."""
+    if text.has("rope_parameters") or not text.has("rope_scaling"):
+        return text.section("rope_parameters")
+    old = text.section("rope_scaling")
+    beside = {key: text.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    return _Reader({**beside, "rope_type": old.get("type"), **old.data}, old.where)
 
 
 def _mtp_layers(text: _Reader) -> int:
-    value = text.get("mtp_num_hidden_layers") or 0
-    text.require(value in (0, 1) and type(value) is int, "mtp_num_hidden_layers", f"{value!r} is not 0 or 1")
+    value = 0 if text.get("mtp_num_hidden_layers") is None else text.get("mtp_num_hidden_layers")
+    good = type(value) is int and value in (0, 1)
+    text.require(good, "mtp_num_hidden_layers", f"{_shown(value)} is not 0 or 1")
     return value
 
 
@@ -340,24 +412,27 @@ def _eos(reader: _Reader) -> tuple[int, ...]:
     value = reader.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     good = all(type(i) is int and 0 <= i < _MAX_SIZE for i in ids)
-    reader.require(good, "eos_token_id", f"{value!r} is not a token id or a list of them")
+    reader.require(good, "eos_token_id", f"{_shown(value)} is not a token id or a list of them")
     return tuple(ids)
 
 
-def _vision(vision: _Reader) -> VisionConfig:
-    if vision.get("deepstack_visual_indexes"):
-        raise vision.fail("deepstack_visual_indexes", "is not empty: this tower is not known")
+def _vision(vision: _Reader, text_hidden: int) -> VisionConfig:
+    vision.must_be(_VISION_MUST_BE)
     hidden, heads = vision.size("hidden_size"), vision.size("num_heads")
     vision.require(hidden % heads == 0, "num_heads", f"{heads} does not divide {hidden}")
+    out, positions = vision.size("out_hidden_size"), vision.size("num_position_embeddings")
+    vision.require(out == text_hidden, "out_hidden_size", f"{out}, and the text part has {text_hidden}")
+    # The learned positions are a square table, sampled in both directions.
+    vision.require(isqrt(positions) ** 2 == positions, "num_position_embeddings", f"{positions} is no square")
     return VisionConfig(
         depth=vision.size("depth", limit=4096),
         hidden_size=hidden,
         mlp_size=vision.size("intermediate_size"),
         num_heads=heads,
-        out_size=vision.size("out_hidden_size"),
+        out_size=out,
         patch_size=vision.size("patch_size"),
         temporal_patch_size=vision.size("temporal_patch_size"),
         merge_size=vision.size("spatial_merge_size"),
         in_channels=vision.size("in_channels"),
-        num_positions=vision.size("num_position_embeddings"),
+        num_positions=positions,
     )
