@@ -61,6 +61,7 @@ TOKEN_CASES = [
     (False, "<think>\nquoted\n</think>\n\nFour", "", "<think>\nquoted\n</think>\n\nFour"),
     (False, "[<think>]\nhm\n[</think>]\n\nFour", "hm", "Four"),
     (False, "Four[</think>] and five", "", "Four and five"),
+    (True, "a \n[<think>]\nb[</think>]c", "a \n\nb", "c"),
     (False, "One[<think>]\nhm[</think>]\n\nTwo", "hm", "OneTwo"),
     (True, "hm[</think>]\n\n[<tool_call>]\nx\n[</tool_call>]", "hm", "<tool_call>\nx\n</tool_call>"),
     (True, "cut [<tool_call>] \n\n", "cut <tool_call>", ""),

@@ -95,6 +95,30 @@ def test_a_picture_is_a_token_whoever_shows_it() -> None:
         assert to_text(parts).count("<|image_pad|>") == 2
 
 
+def test_reasoning_is_stripped() -> None:
+    said = {"role": "assistant", "content": "so", "reasoning_content": " \n why\n\n"}
+    text = to_text(render([{"role": "user", "content": "a"}, said], add_generation_prompt=False))
+    assert text.endswith("<|im_start|>assistant\n<think>\nwhy\n</think>\n\nso<|im_end|>\n")
+
+
+def test_json_keeps_letters_and_order() -> None:
+    tool = {"name": "météo", "a": {"z": "東京", "b": None}}
+    text = to_text(render([{"role": "user", "content": "a"}], tools=[tool]))
+    assert '<tools>\n{"name": "météo", "a": {"z": "東京", "b": null}}\n</tools>' in text
+
+
+def test_a_tool_response_is_no_question() -> None:
+    """Reasoning is kept through a tool loop, also where the tool's result comes as a user message."""
+    said = {"role": "assistant", "content": "x", "reasoning_content": "why"}
+    result = {"role": "user", "content": "<tool_response>\n1\n</tool_response>"}
+    for last, kept in (
+        (result, True),
+        ({"role": "tool", "content": "1"}, True),
+        ({"role": "user", "content": "b"}, False),
+    ):
+        assert ("why" in to_text(render([{"role": "user", "content": "a"}, said, last]))) is kept
+
+
 def test_reasoning_is_cut_out_of_an_answer() -> None:
     """What an assistant's content has before `</think>` is its reasoning, and none of it is a control token twice."""
     said = {"role": "assistant", "content": "<think>\nwhy</think> more </think>\n\nso"}
