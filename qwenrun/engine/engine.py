@@ -198,15 +198,13 @@ def _device(name: str) -> torch.device:
 
 
 def _checked_ctx(config: ModelConfig, ctx: int | None) -> int:
-    limit = config.max_position
-    if config.rope.yarn:
-        limit = max(limit, int(config.rope.factor * config.rope.original_max_position))
+    limit = config.positions
     if ctx is None:
         return min(DEFAULT_CTX, limit)
     if ctx > limit:
         raise UsageError(
             f"a context of {ctx:,} tokens is more than the {limit:,} positions of this model",
-            hint=f"--ctx {limit}, or set YaRN in rope_parameters of config.json",
+            hint=f"--ctx {limit}, or set YaRN with factor {config.yarn_factor(ctx)} in rope_parameters of config.json",
         )
     return ctx
 

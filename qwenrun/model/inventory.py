@@ -24,8 +24,6 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 def inventory(config: ModelConfig, prefix: str = HUB_PREFIX) -> tuple[TensorInfo, ...]:
     """All tensors of a complete checkpoint, in the order of the layers. `prefix` stands before trunk names."""
-    if config.dtype not in _DTYPES:
-        raise ModelError(f"dtype {config.dtype!r} is none of {', '.join(_DTYPES)}")
     tensors = [*_trunk(config, prefix)]
     if not config.tie_embeddings:
         tensors.append(_bf16("lm_head.weight", "lm_head", config.vocab_size, config.hidden_size))

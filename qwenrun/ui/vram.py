@@ -11,7 +11,8 @@ from pathlib import Path
 from qwenrun.errors import DoesNotFitError, UsageError
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import inventory
-from qwenrun.plan.buffers import Run, list_buffers, read_per_token, totals
+from qwenrun.plan.buffers import Run
+from qwenrun.plan.planner import PlanTable, plan_table
 from qwenrun.quant.recipe import DEFAULT, Assignment, Recipe, TensorInfo
 from qwenrun.ui import console
 from qwenrun.ui.models import is_pack, manifest_of
@@ -43,30 +44,16 @@ def vram(model: str, ctx: str, *, recipe: str | None, kv: str, budget: str | Non
     lengths = sorted({console.parse_tokens(text) for text in ctx.split(",")})
     limit = console.parse_size(budget, "--budget") if budget else None
     config, stored, how = described(model, recipe)
-    plans = {length: totals(list_buffers(config, stored, Run(ctx=length, kv=kv))) for length in lengths}
-    read = read_per_token(config, stored)
+    plan = plan_table(config, stored, [Run(ctx=length, kv=kv) for length in lengths], how)
     if as_json:
-        console.document(
-            "vram",
-            1,
-            {
-                "model": config.name,
-                "recipe": how,
-                "kv": kv,
-                "max_position": config.max_position,
-                "read_per_token_bytes": read,
-                "budget_bytes": limit,
-                "contexts": [{"ctx": length, "bytes": parts} for length, parts in plans.items()],
-            },
-        )
+        console.document("vram", 1, {**plan.to_json(), "kv": kv, "budget_bytes": limit})
     else:
-        console.say(_render(config, how, kv, plans, read))
-    too_large = [length for length, parts in plans.items() if limit is not None and parts["total"] > limit]
-    if too_large and limit is not None:
-        first = too_large[0]
+        console.say(_render(plan, kv))
+    first = next((context for context in plan.contexts if limit is not None and context.total > limit), None)
+    if first and limit is not None:
         raise DoesNotFitError(
-            f"at {first:,} tokens {config.name} needs {console.size(plans[first]['total'])},"
-            f" which is {console.size(plans[first]['total'] - limit)} more than {console.size(limit)}",
+            f"at {first.run.ctx:,} tokens {config.name} needs {console.size(first.total)},"
+            f" which is {console.size(first.total - limit)} more than {console.size(limit)}",
             "a shorter --ctx, --kv int8 or a smaller --recipe",
         )
 
@@ -90,28 +77,30 @@ def described(model: str, recipe: str | None) -> tuple[ModelConfig, Stored, str]
     return config, [(info, chosen.assign(info)) for info in inventory(config)], chosen.name
 
 
-def _render(config: ModelConfig, how: str, kv: str, plans: dict[int, dict[str, int]], read: int) -> str:
+def _render(plan: PlanTable, kv: str) -> str:
     head = fields(
         [
-            ("model", config.name),
-            ("recipe", how),
-            ("KV", f"{kv}, {len(config.full_layers)} of {config.num_layers} layers have one"),
+            ("model", plan.model),
+            ("recipe", plan.recipe),
+            ("KV", f"{kv}, {plan.kv_layers} of {plan.layers} layers have one"),
         ]
     )
-    lengths = list(plans)
-    unit, one = console.size_unit(max(parts["total"] for parts in plans.values()))
-    present = [part for part in LABELS if any(plans[length].get(part) for length in lengths)]
+    unit, one = console.size_unit(max(context.total for context in plan.contexts))
+    present = [part for part in LABELS if any(context.parts[part] for context in plan.contexts)]
     rows: list[Sequence[str]] = []
     for part in present:
         if part == "total":
             rows.append(())
-        rows.append((LABELS[part], *(f"{plans[length][part] / one:,.2f}" for length in lengths)))
-    body = table((unit, *(f"ctx {console.tokens(length)}" for length in lengths)), rows)
-    foot = [f"{console.decimal_size(read)} of weights are read for every token decoded"]
+        rows.append((LABELS[part], *(f"{context.parts[part] / one:,.2f}" for context in plan.contexts)))
+    body = table((unit, *(f"ctx {console.tokens(context.run.ctx)}" for context in plan.contexts)), rows)
+    foot = [f"{console.decimal_size(plan.read_per_token)} of weights are read for every token decoded"]
     unused = [LABELS[part] for part in NOT_LOADED if part in present]
     if unused:
         foot.append(f"{' and '.join(unused)}: in the pack, not loaded by this version")
-    for length in lengths:
-        if length > config.max_position:
-            foot.append(f"{length:,} tokens are beyond the model's {config.max_position:,} positions: needs YaRN")
+    for context in plan.contexts:
+        if context.yarn_factor > 1:
+            foot.append(
+                f"{context.run.ctx:,} tokens are beyond the model's {plan.positions:,} positions:"
+                f" needs YaRN with factor {context.yarn_factor}"
+            )
     return "\n\n".join([head, body, "\n".join(foot)])

@@ -18,6 +18,8 @@ COLD = [
     "qwenrun.model.config",
     "qwenrun.model.inventory",
     "qwenrun.plan.buffers",
+    "qwenrun.plan.planner",
+    "qwenrun.plan.workspace",
     "qwenrun.quant",
     "qwenrun.quant.errors",
     "qwenrun.quant.formats",

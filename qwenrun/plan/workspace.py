@@ -1,0 +1,105 @@
+"""What the reference kernels hold for a moment, as an estimate: the largest set of temporary tensors at once.
+
+The steps of a forward pass follow each other, so the largest of them counts, not their sum. Every term is a
+tensor of `kernels/ref` or of the graph in `model`, float32 unless said otherwise; a test sets the real peak of
+torch's allocator beside it. Not counted: the allocator's own slack, and what is smaller than a token's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qwenrun.kernels.spec import CODE_BITS
+from qwenrun.model.config import ModelConfig
+from qwenrun.quant.recipe import Assignment, TensorInfo
+
+# Block sizes of kernels/ref, which this cold file can't import; a test holds them together.
+QUERY_BLOCK, KEY_BLOCK = 256, 2048
+DECODE_VALUES = 8 << 20
+GATHER_TOKENS = 2
+DELTA_CHUNK = 64
+# Bytes alive per value while a block of a matrix becomes float32, the result included: unpacked codes (1),
+# codes as numbers (4), scaled (4); E2M1 looks its 16 values up by 4-byte and 8-byte indices.
+DECODING = {"f32": 0, "bf16": 4, "f16": 4, "int8": 8, "int4": 9, "e2m1": 17}
+FLOAT = 4
+
+
+def workspace(config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assignment]], chunk: int, ctx: int) -> int:
+    """Bytes of the largest step, with the residual stream beside it: before and after the mixer, and normed.
+
+    stored: the tensors that are held, and how. chunk: tokens of a prefill step. ctx: tokens of the sequence.
+    """
+    tokens = min(chunk, ctx)
+    return 3 * FLOAT * tokens * config.hidden_size + max(steps(config, stored, tokens, ctx).values())
+
+
+def steps(
+    config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assignment]], tokens: int, ctx: int
+) -> dict[str, int]:
+    """Bytes of each step of a pass over the last `tokens` of `ctx`, without the residual stream."""
+    held = [(how.spec.codes if how.spec else info.dtype.lower(), info) for info, how in stored]
+    dense = _worst(codes for codes, info in held if len(info.shape) == 2 and info.part != "vision")
+    routed = _worst(codes for codes, info in held if info.is_experts)
+    hidden = config.hidden_size
+
+    def linear(rows: int, cols: int, codes: str) -> int:
+        """The output (twice where it is put together from blocks), and one decoded block of the matrix."""
+        blocks = 2 if rows * cols > DECODE_VALUES else 1
+        return FLOAT * tokens * rows * blocks + DECODING[codes] * min(rows * cols, DECODE_VALUES)
+
+    channels, values = config.conv_channels, config.value_size
+    out = {
+        "attention projections": linear(2 * config.num_heads * config.head_dim, hidden, dense),
+        "attention": _attention(config, tokens, ctx),
+        "delta projections": linear(channels, hidden, dense),
+        # Input, the window with the state's rows before it, a product for each tap, result.
+        "convolution": FLOAT * tokens * channels * (3 + config.conv_kernel),
+        "delta rule": _delta_rule(config, tokens),
+        # Queries, keys and values; gate; result, and three copies on its way through the norm.
+        "delta norm": FLOAT * tokens * (channels + 5 * values),
+        "logits": FLOAT * 2 * config.vocab_size + DECODING[dense] * min(config.vocab_size * hidden, DECODE_VALUES),
+    }
+    if not config.is_moe:
+        # silu(gate) waits for the output of up.
+        return out | {"mlp": FLOAT * tokens * config.mlp_size + linear(config.mlp_size, hidden, dense)}
+    inner = config.expert_size
+    # The sum over experts and the rows that chose this one (at worst all); gate and up, their product.
+    waiting = FLOAT * tokens * 2 * (hidden + inner)
+    gathered = min(tokens, GATHER_TOKENS) * config.top_k * 2 * inner * hidden
+    return out | {
+        "experts": waiting + max(linear(2 * inner, hidden, routed), linear(hidden, inner, routed)),
+        "shared expert": FLOAT * tokens * (hidden + config.shared_size) + linear(config.shared_size, hidden, dense),
+        # For a token or two the gate and up rows of all chosen experts are copied and decoded at once.
+        "experts of few tokens": gathered * DECODING[routed] + gathered * CODE_BITS[routed] // 8,
+    }
+
+
+def _worst(codes: Iterable[str]) -> str:
+    return max(codes, key=lambda name: DECODING[name], default="bf16")
+
+
+def _attention(config: ModelConfig, tokens: int, ctx: int) -> int:
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    queries, keys = min(QUERY_BLOCK, tokens), min(KEY_BLOCK, ctx)
+    scores = config.num_heads * queries * keys
+    # Scores, less their maximum, and exp of that; behind the first block of keys the weights of the last too.
+    # Or, while the next scores are made, those of the last, and the block of keys as float32 (INT8: twice).
+    inner = max(4 * scores, 3 * scores + 2 * keys * kv) if ctx > KEY_BLOCK else max(3 * scores, 2 * keys * kv)
+    mask = config.num_heads // config.num_kv_heads * queries * keys  # bytes
+    # Queries and gates, queries after norm and rotation, keys, values, result.
+    whole = tokens * (2 * heads + 2 * heads + 2 * kv)
+    # A block's queries, and its mixed values with two copies.
+    block = queries * 4 * heads
+    # Afterwards: sigmoid of the gate, and the product.
+    return max(FLOAT * (whole + inner + block) + mask, FLOAT * tokens * 6 * heads)
+
+
+def _delta_rule(config: ModelConfig, tokens: int) -> int:
+    values, repeated = config.value_size, config.linear_value_heads * config.linear_key_dim
+    # Queries, keys and values as they come; gate; queries and keys repeated for every value head, and either
+    # the queries once more (scaled) or the results, of chunks and put together.
+    whole = config.conv_channels + values + 2 * repeated + max(repeated, 2 * values)
+    rows = min(tokens, DELTA_CHUNK)
+    # In a chunk: decay, system and scores; right-hand side, its solution, and what they are made of.
+    chunk = config.linear_value_heads * rows * (5 * rows + 3 * (config.linear_key_dim + config.linear_value_dim))
+    return FLOAT * (tokens * whole + chunk)
