@@ -347,7 +347,8 @@ class _Text:
     """Token ids to events: whole characters only, reasoning apart from answer. Without a tokenizer, no text."""
 
     def __init__(self, engine: Engine, splitter: ThinkSplitter | None) -> None:
-        self._detokenizer = Detokenizer(engine.tokenizer) if engine.has_tokenizer else None
+        self._tokenizer = engine.tokenizer if engine.has_tokenizer else None
+        self._detokenizer = Detokenizer(self._tokenizer) if self._tokenizer else None
         self._splitter = splitter
         self._texts: dict[Kind, list[str]] = {"answer": [], "reasoning": []}
 
@@ -356,14 +357,16 @@ class _Text:
         text = self._detokenizer.push(token) if self._detokenizer else ""
         if self._splitter is None:
             return self._events(token, [("answer", text)]) or [Token(token, "")]
-        return self._events(token, self._splitter.push(text)) or [Token(token, "", self._splitter.kind)]
+        # Only the control token ends the reasoning: a model may quote the tag's spelling.
+        control = self._tokenizer is not None and self._tokenizer.control(token) is not None
+        return self._events(token, self._splitter.push(text, control)) or [Token(token, "", self._splitter.kind)]
 
     def flush(self, token: int) -> list[Token]:
         """What was held back, given out with the last token's id."""
         text = self._detokenizer.flush() if self._detokenizer else ""
         if self._splitter is None:
             return self._events(token, [("answer", text)])
-        return self._events(token, [*self._splitter.push(text), *self._splitter.flush()])
+        return self._events(token, [*self._splitter.push(text, control=False), *self._splitter.flush()])
 
     def _events(self, token: int, pieces: list[tuple[Kind, str]]) -> list[Token]:
         events = []

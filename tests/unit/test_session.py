@@ -732,6 +732,14 @@ def test_defaults(
             assert (engine.sampling(True), engine.sampling(False)) == (THINKING, NOT_THINKING)
 
 
+def test_a_quoted_tag_does_not_end_the_reasoning(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the control token does; the same spelling from ordinary tokens is text."""
+    quoted, answer = engine.tokenizer.encode("see </think> there"), engine.tokenizer.encode("\n\nFour")
+    speak(engine, monkeypatch, [*quoted, THINK_END, *answer, TURN_END])
+    done = finish(engine.session().chat([user("hi")], think=True, params=GREEDY))[1]
+    assert (done.reasoning, done.text) == ("see </think> there", "Four")
+
+
 @pytest.mark.parametrize(("template", "shown"), [(TEMPLATE, "True"), (TEMPLATE + "{{ preserve_thinking }}", "true")])
 def test_tool_arguments_as_the_models_template_has_them(tmp_path: Path, template: str, shown: str) -> None:
     """Qwen3.6's template writes a boolean as JSON does, 3.5's as Python does."""
