@@ -81,6 +81,10 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Ten
 
     x [T, H]; gate_up [E, 2I, H], the gate's rows first; down [E, H, I]; index int64 [T, k], the chosen
     experts; weight float32 [T, k]. Experts that nobody chose are not touched.
+
+    A row's result does not depend on the other rows of the call, and the k weighted results of a token are
+    rounded to float32 and added in the order of `index`: computing the pairs in several calls with k = 1 and
+    adding them in that order gives the same bits.
     """
     return pick("experts", x.device.type, gate_up.spec)(x, gate_up, down, index, weight)
 

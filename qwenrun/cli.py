@@ -57,6 +57,10 @@ def _convert(*arguments: Any, **options: Any) -> Any:
     return convert(*arguments, **options)
 
 
+def _size(text: str | None, option: str) -> int | None:
+    return console.parse_size(text, option) if text else None
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         console.say(f"qwenrun {__version__}")
@@ -79,6 +83,21 @@ Recipe = Annotated[
     str,
     typer.Option(
         "--recipe", metavar="RECIPE", help="balanced, nvfp4, int4, bf16, or a TOML file.", autocompletion=_recipes
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        "--ram",
+        metavar="SIZE",
+        help="RAM to stay inside; experts without room are read from disk.",
+        show_default="what is free",
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        "--vram", metavar="SIZE", help="Run on the GPU, inside this much of its memory.", show_default="no GPU"
     ),
 ]
 KvOption = Annotated[Kv, typer.Option("--kv", metavar="bf16|int8|f32", help="How keys and values are stored.")]
@@ -162,13 +181,9 @@ def chat(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Same seed, same answer.")] = None,
     ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="Tokens the conversation may have.")] = "4k",
     kv: KvOption = Kv.bf16,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget", metavar="SIZE", help="Refuse to load what needs more than this.", show_default="free memory"
-        ),
-    ] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed after each answer.")] = False,
+    ram: Ram = None,
+    vram: Vram = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Tokens, speed and expert cache after each answer.")] = False,
     json: Json = False,
 ) -> None:
     """Talk with a model: at a prompt, or once with -p or piped text.
@@ -179,10 +194,10 @@ def chat(
 
     Examples:
         qwenrun chat -m 35b.pack
+        qwenrun chat -m 122b.pack --ram 12GiB --ctx 32k
         qwenrun chat -p "What is qwenrun?"
         cat build.log | qwenrun chat -m 35b.pack -p "why did it fail?" > answer.txt
     """
-    from qwenrun.measure.machine import available_memory
     from qwenrun.ui.chat import ChatOptions, chat
 
     sampling = {
@@ -205,8 +220,8 @@ def chat(
             kv=kv.value,
             stats=stats,
             as_json=json,
-            budget=console.parse_size(budget, "--budget") if budget else None,
-            memory=available_memory(),
+            ram=_size(ram, "--ram"),
+            vram=_size(vram, "--vram"),
         )
     )
 
@@ -221,30 +236,63 @@ def vram(
         str | None,
         typer.Option(
             "--recipe",
-            metavar="RECIPE",
-            help="balanced, nvfp4, int4, bf16, or a TOML file; a pack has its own.",
+            metavar="RECIPE[,...]",
+            help="balanced, nvfp4, int4, bf16, or TOML files; a pack has its own.",
             show_default="balanced",
             autocompletion=_recipes,
         ),
     ] = None,
-    kv: KvOption = Kv.bf16,
-    budget: Annotated[
-        str | None, typer.Option("--budget", metavar="SIZE", help="Exit 4 if a context needs more than this.")
+    kv: Annotated[
+        str, typer.Option("--kv", metavar="TYPE[,...]", help="How keys and values are stored: bf16, int8, f32.")
+    ] = "bf16",
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help='A card, such as "RTX 4090" or H100: its memory.')
     ] = None,
+    vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="Memory of the GPU.")] = None,
+    ram: Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="RAM, beside a GPU or without one.")] = None,
+    mtp: Annotated[bool, typer.Option("--mtp", help="Count the MTP head, which this version does not load.")] = False,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="Count the vision tower, which this version does not load.")
+    ] = False,
+    ram_speed: Annotated[
+        float, typer.Option("--ram-speed", metavar="GB/S", min=0.1, help="Read bandwidth of RAM.")
+    ] = 60.0,
+    disk_speed: Annotated[
+        float, typer.Option("--disk-speed", metavar="GB/S", min=0.01, help="Read bandwidth of the disk.")
+    ] = 3.5,
     json: Json = False,
 ) -> None:
-    """Tell how much memory a model needs, part by part, before it is downloaded or loaded.
+    """Tell how much memory a model needs, part by part, and how it would lie in yours.
 
-    Needs no weights and no file when MODEL is a name. The engine allocates from the same list.
+    Needs no weights and no file when MODEL is a name. The engine allocates from the same list. With --gpu,
+    --vram or --ram: how many experts are resident, the largest context, a predicted speed, and exit code 4 if
+    a column can't run there at all. Several values of --ctx, --recipe and --kv stand side by side.
 
     Examples:
         qwenrun vram
-        qwenrun vram Qwen3.5-35B-A3B --ctx 8k,64k --kv int8 --recipe int4
-        qwenrun vram 35b.pack --ctx 32k --budget 24GiB
+        qwenrun vram --gpu H100 --ctx 262144,1M
+        qwenrun vram --vram 24GiB --ram 64GiB --recipe balanced,nvfp4 --kv int8
+        qwenrun vram 35b.pack --ctx 32k --ram 12GiB
     """
-    from qwenrun.ui.vram import vram
+    from qwenrun.ui.vram import VramOptions
+    from qwenrun.ui.vram import vram as print_plan
 
-    vram(model, ctx, recipe=recipe, kv=kv.value, budget=budget, as_json=json)
+    print_plan(
+        model,
+        VramOptions(
+            ctx=ctx,
+            recipe=recipe,
+            kv=kv,
+            gpu=gpu,
+            vram=_size(vram, "--vram"),
+            ram=_size(ram, "--ram"),
+            mtp=mtp,
+            vision=vision,
+            ram_speed=ram_speed * 1e9,
+            disk_speed=disk_speed * 1e9,
+            as_json=json,
+        ),
+    )
 
 
 @app.command(cls=Command)
@@ -259,28 +307,36 @@ def bench(
         str | None, typer.Option("--ctx", metavar="N", help="Context to allocate.", show_default="what is needed")
     ] = None,
     kv: KvOption = Kv.bf16,
+    ram: Ram = None,
+    vram: Vram = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure prefill and decode, beside what this machine's memory can deliver.
 
     Decode reads every active weight once per token, so tokens per second times those bytes, set against the
-    measured read bandwidth, tells how far there is to go.
+    measured read bandwidth, tells how far there is to go. Tokens are random: routing is more even than on real
+    text, and a budget's hit rate lower.
 
     Examples:
         qwenrun bench -m 35b.pack
+        qwenrun bench -m 35b.pack --ram 8GiB
         qwenrun bench -m 35b.pack --prompt-tokens 2048 --gen-tokens 128 --json
     """
     from qwenrun.measure.bench import bench
-    from qwenrun.measure.machine import available_memory
     from qwenrun.ui.reports import bench_report, measuring
 
     held = console.parse_tokens(ctx) if ctx else prompt_tokens + gen_tokens
-    memory = available_memory()
-    with measuring(model, ctx=held, kv=kv.value, label="bench", unit="steps", memory=memory, quiet=quiet) as (
-        engine,
-        progress,
-    ):
+    with measuring(
+        model,
+        ctx=held,
+        kv=kv.value,
+        label="bench",
+        unit="steps",
+        quiet=quiet,
+        ram=_size(ram, "--ram"),
+        vram=_size(vram, "--vram"),
+    ) as (engine, progress):
         result = bench(engine, prompt_tokens, gen_tokens, runs, progress)
     bench_report(result, as_json=json)
 
@@ -303,6 +359,7 @@ def evaluate(
     ] = 128,
     ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="Context to allocate.")] = "1k",
     kv: KvOption = Kv.bf16,
+    ram: Ram = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -312,16 +369,14 @@ def evaluate(
         qwenrun eval
         qwenrun eval -m demo.pack --pairs questions.jsonl --json
     """
-    from qwenrun.measure.machine import available_memory
     from qwenrun.measure.quality import exact_answers, question_sets
     from qwenrun.ui.reports import eval_report, measuring
 
     sets = question_sets(pairs)
-    held, memory = console.parse_tokens(ctx), available_memory()
-    with measuring(model, ctx=held, kv=kv.value, label="eval", unit="questions", memory=memory, quiet=quiet) as (
-        engine,
-        progress,
-    ):
+    held = console.parse_tokens(ctx)
+    with measuring(
+        model, ctx=held, kv=kv.value, label="eval", unit="questions", quiet=quiet, ram=_size(ram, "--ram")
+    ) as (engine, progress):
         figures = exact_answers(engine, sets, think=think, max_tokens=max_tokens, progress=progress)
         eval_report(engine, figures, as_json=json)
 

@@ -169,3 +169,17 @@ def quantize() -> Callable[..., Any]:
             return convert(checkpoint, out, Recipe.load(recipe), found.tensors, notes=found.notes, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def new_state() -> Callable[..., Any]:
+    """new_state(config, run): the state of a sequence in an arena of its own, planned without any weight."""
+    from qwenrun.engine.arena import Arena
+    from qwenrun.engine.state import SequenceState
+    from qwenrun.plan.planner import Budget, place, weigh
+
+    def make(config: Any, run: Any) -> SequenceState:
+        arena = Arena.from_plan(place(config, weigh(config, [], run), run, Budget()))
+        return SequenceState(config, run, arena.sequence(0))
+
+    return make

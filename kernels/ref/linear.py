@@ -15,8 +15,6 @@ from qwenrun.kernels.weight import Weight
 
 # Values decoded at a time: 8M float32 are 32 MiB, and as much again for the steps of decoding.
 DECODE_VALUES = 8 << 20
-# Up to this many tokens the experts of all of them are gathered and computed at once.
-GATHER_TOKENS = 2
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:
@@ -46,24 +44,25 @@ def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:
     """See `qwenrun.kernels.ops.experts`."""
     tokens, k = index.shape
-    if tokens <= GATHER_TOKENS:
-        chosen = index.flatten()
-        hidden = _swiglu(torch.einsum("ph,pih->pi", x.float().repeat_interleave(k, 0), decode(gate_up[chosen])))
-        out = torch.einsum("pi,phi->ph", hidden, decode(down[chosen]))
-        return (out.unflatten(0, (tokens, k)) * weight[..., None]).sum(1).to(x.dtype)
-    out = torch.zeros(tokens, down.rows, dtype=torch.float32, device=x.device)
-    flat = index.flatten()
+    flat, weights = index.flatten(), weight.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=1)
+    chosen, counts = flat.unique(return_counts=True)
+    rows = torch.empty(tokens * k, down.rows, dtype=torch.float32, device=x.device)
     start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            pairs = order[start : start + count]
-            rows = pairs // k
-            hidden = _swiglu(linear(x[rows].float(), gate_up[expert]))
-            out.index_add_(0, rows, linear(hidden, down[expert]) * weight.flatten()[pairs, None])
-            start += count
-    return out.to(x.dtype)
+    for expert, count in zip(chosen.tolist(), counts.tolist()):
+        pairs = order[start : start + count]
+        hidden = _swiglu(linear(x[pairs // k].float(), gate_up[expert]))
+        rows[pairs] = linear(hidden, down[expert]) * weights[pairs, None]
+        start += count
+    return _in_order(rows.view(tokens, k, -1)).to(x.dtype)
+
+
+def _in_order(rows: Tensor) -> Tensor:
+    """The sum over the second dimension, its addends in order: the same bits however the rows were computed."""
+    out = rows[:, 0].clone()
+    for j in range(1, rows.shape[1]):
+        out += rows[:, j]
+    return out
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:

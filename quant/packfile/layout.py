@@ -9,8 +9,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from qwenrun.kernels.spec import DTYPE_BYTES, BlockSpec
@@ -100,7 +101,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """pack.json, checked. `files`: name -> (bytes, sha256) of every other file of the pack."""
+    """pack.json, checked. `files`: name -> (bytes, sha256) of every other file of the pack. `records`: name of an
+    expert file -> CRC-32 of each of its records (older packs have none)."""
 
     config: dict[str, Any]
     recipe: dict[str, Any]
@@ -109,6 +111,7 @@ class Manifest:
     notes: tuple[str, ...]
     tensors: dict[str, TensorEntry]
     files: dict[str, tuple[int, str]]
+    records: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The document, with its own checksum in `manifest_sha256`."""
@@ -131,7 +134,11 @@ class Manifest:
                 }
                 for name, entry in self.tensors.items()
             },
-            "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in self.files.items()},
+            "files": {
+                name: {"bytes": size, "sha256": digest}
+                | ({"crc32": list(self.records[name])} if name in self.records else {})
+                for name, (size, digest) in self.files.items()
+            },
         }
         return document | {"manifest_sha256": document_sha256(document)}
 
@@ -157,6 +164,20 @@ def strict_json(text: bytes, where: str) -> Any:
         raise PackError(f"{where} is not valid JSON: {error}", hint="make or copy the pack again") from error
 
 
+def read_manifest(path: Path) -> Manifest:
+    """The checked manifest of the pack at `path`; opens no weights. Raises PackError."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise PackError(f"{path} is not a pack: it has no {MANIFEST}", hint="qwenrun quantize SRC -o PACK makes one")
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise PackError(f"{file}: {file.stat().st_size:,} bytes is too large for a manifest")
+        text = file.read_bytes()
+    except OSError as error:
+        raise PackError(f"{file} can't be read: {error.strerror}") from error
+    return parse_manifest(strict_json(text, str(file)), str(file))
+
+
 def parse_manifest(data: object, where: str) -> Manifest:
     """Check a parsed pack.json, itself hostile until shown otherwise. Raises PackError."""
 
@@ -178,7 +199,7 @@ def parse_manifest(data: object, where: str) -> Manifest:
     need(isinstance(data.get("tool"), str), "tool is missing")
     notes = data.get("notes", [])
     need(isinstance(notes, list) and all(isinstance(n, str) for n in notes), "notes is not a list of texts")
-    files = {}
+    files, records = {}, {}
     for name, entry in data["files"].items():
         need(
             _SAFE_NAME.fullmatch(name) is not None and name != MANIFEST,
@@ -189,8 +210,13 @@ def parse_manifest(data: object, where: str) -> Manifest:
         good = type(size) is int and size >= 0 and isinstance(digest, str)
         need(good and re.fullmatch("[0-9a-f]{64}", digest) is not None, f"{name}: no size and sha256")
         files[name] = (size, digest)
+        if "crc32" in entry:
+            sums = entry["crc32"]
+            whole = isinstance(sums, list) and all(type(n) is int and 0 <= n < 1 << 32 for n in sums)
+            need(whole, f"{name}: crc32 is no list of 32-bit numbers")
+            records[name] = tuple(sums)
     tensors = {name: _entry(name, entry, need) for name, entry in data["tensors"].items()}
-    return Manifest(data["config"], data["recipe"], data["source"], data["tool"], tuple(notes), tensors, files)
+    return Manifest(data["config"], data["recipe"], data["source"], data["tool"], tuple(notes), tensors, files, records)
 
 
 def _entry(name: str, entry: Any, need: Any) -> TensorEntry:

@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import TORCH_DTYPES, Weight
 from qwenrun.quant.errors import CheckpointError, PackError
 from qwenrun.quant.packfile.layout import (
     DENSE,
+    KINDS,
     MANIFEST,
-    MAX_JSON_BYTES,
     ExpertLayout,
     Manifest,
     expert_file,
     expert_layout,
-    parse_manifest,
-    strict_json,
+    read_manifest,
 )
 from qwenrun.quant.packfile.safetensors import DTYPES, Entry, read_header
 from qwenrun.quant.packfile.writer import file_sha256
@@ -45,18 +45,36 @@ class ExpertBlock:
     path: Path
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The checked manifest of the pack at `path`; opens no weights. Raises PackError."""
-    file = path / MANIFEST
-    if not file.is_file():
-        raise PackError(f"{path} is not a pack: it has no {MANIFEST}", hint="qwenrun quantize SRC -o PACK makes one")
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise PackError(f"{file}: {file.stat().st_size:,} bytes is too large for a manifest")
-        text = file.read_bytes()
-    except OSError as error:
-        raise PackError(f"{file} can't be read: {error.strerror}") from error
-    return parse_manifest(strict_json(text, str(file)), str(file))
+@dataclass(frozen=True, slots=True)
+class ExpertFile:
+    """A layer's expert records as a file: `count` of `record_size` bytes each.
+
+    shapes: spec, rows and columns of gate_up and of down. crc32: one number a record, or empty if the pack was
+    written before there were any.
+    """
+
+    path: Path
+    count: int
+    layout: ExpertLayout
+    shapes: tuple[tuple[BlockSpec, int, int], tuple[BlockSpec, int, int]]
+    crc32: tuple[int, ...]
+
+    @property
+    def record_size(self) -> int:
+        return self.layout.record_size
+
+    def stacks(self, data: Tensor) -> tuple[Weight, Weight]:
+        """gate_up [S, 2I, H] and down [S, H, I] over uint8 data [S, record_size]: records in a file or in slots."""
+        flat, count = data.view(-1), data.shape[0]
+        out = []
+        for kind, (spec, rows, cols) in zip(KINDS, self.shapes):
+            parts = {
+                piece.part: _strided(flat, piece.dtype, piece.shape, piece.offset, self.record_size, count)
+                for piece in self.layout.slices
+                if piece.kind == kind
+            }
+            out.append(Weight.from_parts(spec, rows, cols, parts))
+        return out[0], out[1]
 
 
 class PackReader:
@@ -68,6 +86,7 @@ class PackReader:
         self.config = manifest.config
         self.tensors = manifest.tensors
         self._maps: dict[str, tuple[mmap.mmap, Tensor]] = {}
+        self._fd = -1
         self._check_files()
         self._dense = self._check_dense()
         self._layouts = self._check_experts()
@@ -133,6 +152,9 @@ class PackReader:
                     f" {layout.record_size:,} are due",
                     hint=_HINT,
                 )
+            sums = len(self.manifest.records.get(expert_file(prefix), ())) or count
+            if sums != count:
+                raise PackError(f"{self.path}: {count} records of {prefix}, and {sums} checksums of them", hint=_HINT)
             layouts[prefix] = (layout, count)
         return layouts
 
@@ -167,20 +189,57 @@ class PackReader:
 
     def experts(self, prefix: str) -> ExpertBlock:
         """The routed experts of a layer; `prefix` is such as `model.language_model.layers.3.mlp.experts`."""
+        file = self.expert_file(prefix)
+        gate_up, down = file.stacks(self._map(file.path.name).view(file.count, file.record_size))
+        return ExpertBlock(gate_up, down, file.record_size, file.path)
+
+    def expert_file(self, prefix: str) -> ExpertFile:
+        """The file of a layer's routed experts, not opened."""
         layout, count = self._layouts[prefix]
         name = expert_file(prefix)
-        data = self._map(name)
-        stacks = []
-        for kind in ("gate_up_proj", "down_proj"):
-            entry = self.tensors[f"{prefix}.{kind}"]
-            parts = {
-                piece.part: _strided(data, piece.dtype, piece.shape, piece.offset, layout.record_size, count)
-                for piece in layout.slices
-                if piece.kind == kind
-            }
-            _, rows, cols = entry.info.shape
-            stacks.append(Weight.from_parts(entry.spec, rows, cols, parts))
-        return ExpertBlock(stacks[0], stacks[1], layout.record_size, self.path / name)
+        entries = [self.tensors[f"{prefix}.{kind}"] for kind in KINDS]
+        shapes = [(e.spec, e.info.shape[1], e.info.shape[2]) for e in entries]
+        return ExpertFile(self.path / name, count, layout, (shapes[0], shapes[1]), self.manifest.records.get(name, ()))
+
+    @property
+    def expert_prefixes(self) -> tuple[str, ...]:
+        """The names of all layers' routed experts, in the order of the manifest."""
+        return tuple(self._layouts)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Read an array of the dense file, `NAME` or `NAME.part`, into a tensor of its dtype and shape.
+
+        Raises PackError if the file can't be read or ends too soon.
+        """
+        entry = self._dense[name]
+        if out.dtype != DTYPES[entry.dtype][0] or tuple(out.shape) != entry.shape:
+            raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, not {out.dtype} {list(out.shape)}")
+        self.read_rows_into(name, 0, out)
+
+    def read_rows_into(self, name: str, start: int, out: Tensor) -> None:
+        """Read rows `start`.. of an array of the dense file into a contiguous tensor of as many rows."""
+        entry = self._dense[name]
+        row = entry.nbytes // entry.shape[0] if entry.shape else entry.nbytes
+        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        at, done = entry.start + start * row, 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._descriptor(), [view[done:]], at + done)
+                if count == 0:
+                    raise PackError(f"{self.path / DENSE} ends inside {name}", hint=_HINT)
+                done += count
+        except OSError as error:
+            raise PackError(f"{self.path / DENSE} can't be read: {error.strerror}", hint=_HINT) from error
+
+    def _descriptor(self) -> int:
+        if self._fd < 0:
+            self._fd = os.open(self.path / DENSE, os.O_RDONLY)
+        return self._fd
+
+    def forget_pages(self) -> None:
+        """Tell the system that the dense file will not be read again: its pages need not be kept."""
+        if self._fd >= 0 and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def bytes_by_part(self) -> dict[str, int]:
         """Stored bytes of every part of the model, expert records with their padding."""
@@ -198,8 +257,11 @@ class PackReader:
         return out
 
     def close(self) -> None:
-        """Forget the mappings; they go when the last tensor over them does."""
+        """Close the dense file and forget the mappings; they go when the last tensor over them does."""
         self._maps.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def __enter__(self) -> PackReader:
         return self
@@ -213,7 +275,7 @@ def _strided(data: Tensor, dtype: str, shape: tuple[int, ...], offset: int, reco
     typed = data.view(TORCH_DTYPES[dtype])
     width = typed.element_size()
     strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    return typed.as_strided((count, *shape), (record // width, *strides), offset // width)
+    return typed.as_strided((count, *shape), (record // width, *strides), typed.storage_offset() + offset // width)
 
 
 def verify(path: Path, progress: Callable[[int], None] | None = None) -> Manifest:

@@ -15,7 +15,9 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -194,11 +196,16 @@ class PackWriter:
                 shutil.copyfile(path, self.folder / name)
             for descriptor in self._files.values():
                 os.fsync(descriptor)
-            files = {}
+            files, records = {}, {}
+            sizes = {expert_file(prefix): layout.record_size for prefix, (layout, _) in self._experts.items()}
             for name in sorted(os.listdir(self.folder)):
                 path = self.folder / name
-                files[name] = (path.stat().st_size, file_sha256(path, progress))
-            document = json.dumps(manifest(files).to_json(), indent=1, ensure_ascii=True) + "\n"
+                digest, sums = file_digests(path, sizes.get(name), progress)
+                files[name] = (path.stat().st_size, digest)
+                if name in sizes:
+                    records[name] = sums
+            content = replace(manifest(files), records=records)
+            document = json.dumps(content.to_json(), indent=1, ensure_ascii=True) + "\n"
             with (self.folder / MANIFEST).open("w", encoding="ascii") as file:
                 file.write(document)
                 file.flush()
@@ -233,13 +240,22 @@ class _storage_errors:
 
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """sha256 of a file; progress(bytes) is called for every piece."""
-    digest = hashlib.sha256()
+    return file_digests(path, None, progress)[0]
+
+
+def file_digests(
+    path: Path, record: int | None, progress: Callable[[int], None] | None = None
+) -> tuple[str, tuple[int, ...]]:
+    """sha256 of a file, and the CRC-32 of each of its records of `record` bytes (none: no sums), in one reading."""
+    digest, sums = hashlib.sha256(), []
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
+        while block := file.read(record or _HASH_BLOCK):
             digest.update(block)
+            if record:
+                sums.append(zlib.crc32(block))
             if progress:
                 progress(len(block))
-    return digest.hexdigest()
+    return digest.hexdigest(), tuple(sums)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

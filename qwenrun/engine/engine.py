@@ -5,30 +5,42 @@
         for event in session.chat([{"role": "user", "content": "Hello"}]):
             ...
 
-Opens packs and Hugging Face folders. Knows nothing of a terminal, and decides nothing about memory: `plan`
-counts the buffers it lists.
+Opens packs and Hugging Face folders. Knows nothing of a terminal, and decides nothing about memory: `plan` says
+what lies where, and the arena is made from that.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 
-from qwenrun.engine.defaults import Defaults, read_defaults
+from qwenrun.engine.arena import Arena
+from qwenrun.engine.defaults import read_defaults
+from qwenrun.engine.expert_cache import CacheStats
+from qwenrun.engine.experts import Experts
 from qwenrun.engine.sampler import SamplingParams
 from qwenrun.engine.session import Session
+from qwenrun.engine.sources import CheckpointSource, PackSource
+from qwenrun.engine.state import SequenceState
 from qwenrun.errors import ModelError, UsageError
-from qwenrun.model.bind import CheckpointSource, PackSource, bind
+from qwenrun.model.bind import bind
 from qwenrun.model.config import ModelConfig
+from qwenrun.model.inventory import match
+from qwenrun.model.moe import Routed
 from qwenrun.model.qwen3_5 import Model
-from qwenrun.plan.buffers import Buffer, Run, list_buffers, read_per_token
+from qwenrun.plan.buffers import Run, read_per_token
+from qwenrun.plan.device import SHARE, free_memory
+from qwenrun.plan.planner import Budget, Plan, place, weigh
 from qwenrun.quant.packfile.checkpoint import Checkpoint
 from qwenrun.quant.packfile.layout import MANIFEST
 from qwenrun.quant.packfile.reader import PackReader
-from qwenrun.quant.recipe import Assignment, TensorInfo
+from qwenrun.quant.recipe import KEEP, Assignment, TensorInfo
 from qwenrun.text.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -38,27 +50,31 @@ DEFAULT_CTX = 4096
 class Engine:
     """A model bound to its kernels. Make it with `open`; close it, or use it as a context manager.
 
-    path, is_pack, config, run: what was opened, and how. model: the graph. stored: how each tensor is stored.
+    path, is_pack, config, run, plan: what was opened, and how. model: the graph. stored: how each tensor is stored.
     """
 
     def __init__(
         self,
         path: Path,
-        config: ModelConfig,
-        run: Run,
+        plan: Plan,
+        arena: Arena,
         model: Model,
         stored: list[tuple[TensorInfo, Assignment]],
-        defaults: Defaults,
         pack: PackReader | None,
+        experts: Experts | None,
     ) -> None:
         self.path = path
         self.is_pack = pack is not None
-        self.config = config
-        self.run = run
+        self.config = plan.config
+        self.run = plan.run
+        self.plan = plan
         self.stored = stored
+        self._arena = arena
         self._model: Model | None = model
-        self._defaults = defaults
+        self._defaults = read_defaults(path, plan.config)
         self._pack = pack
+        self._experts = experts
+        self._sequences = list(range(plan.run.sequences))[::-1]
 
     @classmethod
     def open(
@@ -70,38 +86,64 @@ class Engine:
         device: str = "cpu",
         chunk: int = 512,
         snapshots: int = 2,
+        sequences: int = 1,
         mtp: bool = False,
+        ram: int | None = None,
+        vram: int | None = None,
+        prefetch: bool = True,
     ) -> Engine:
         """Open a pack or a Hugging Face folder.
 
         ctx: tokens a session can hold; by default 4,096, or as many as the model has positions for.
         kv: "bf16", "int8" or "f32", the type of cached keys and values. device: "cpu" or a torch device.
-        chunk: tokens a prefill step takes. snapshots: checkpoints a session keeps. mtp: also load the
-        multi-token-prediction module.
+        chunk: tokens a prefill step takes. snapshots: checkpoints a session keeps. sequences: sessions there can
+        be at one time. mtp: also load the multi-token-prediction module. ram, vram: bytes that everything must
+        fit in, by default what is free now; routed experts of a pack that have no room are read from disk when
+        they are needed. prefetch: try whether reading experts ahead pays.
 
-        Raises ModelError (or the quant floor's errors) if it can't be read or is not a model of the family,
-        UsageError for arguments that make no sense.
+        Raises DoesNotFitError if the budget is too small for anything, ModelError (or the quant floor's errors)
+        if it can't be read or is not a model of the family, UsageError for arguments that make no sense.
         """
         path = Path(path)
         target = _device(device)
+        budget = _budget(target, ram, vram)
 
         def run_for(config: ModelConfig) -> Run:
-            return Run(_checked_ctx(config, ctx), kv=kv, chunk=chunk, mtp=mtp, vision=False, snapshots=snapshots)
+            held = _checked_ctx(config, ctx)
+            return Run(held, kv=kv, chunk=chunk, mtp=mtp, vision=False, snapshots=snapshots, sequences=sequences)
 
         if (path / MANIFEST).is_file():
             pack = PackReader.open(path)
             config = ModelConfig.from_hf(pack.config, name=path.resolve().name)
-            run = run_for(config)
-            model, _ = bind(PackSource(pack), config, target, mtp)
+            found = {name: (entry.info.shape, entry.info.dtype) for name, entry in pack.tensors.items()}
+            match(config, found, str(path))
             stored = [(entry.info, entry.assignment) for entry in pack.tensors.values()]
-            return cls(path, config, run, model, stored, read_defaults(path, config), pack)
+            run = run_for(config)
+            plan = place(config, weigh(config, stored, run), run, budget)
+            arena = Arena.from_plan(plan, target)
+            experts = Experts(pack, plan, arena) if plan.pools else None
+            try:
+                model = bind(PackSource(pack, arena, experts.of if experts else _no_experts), config, mtp)
+            except BaseException:
+                if experts:
+                    experts.close()
+                raise
+            if experts:
+                if experts.direct:
+                    pack.forget_pages()
+                if prefetch:
+                    experts.look_ahead(model)
+            return cls(path, plan, arena, model, stored, pack, experts)
         if (path / "config.json").is_file():
             config = ModelConfig.from_folder(path)
-            run = run_for(config)
             with Checkpoint.open(path) as checkpoint:
-                model, matched = bind(CheckpointSource(checkpoint), config, target, mtp)
-            stored = [(info, Assignment("keep", None)) for info in matched.tensors]
-            return cls(path, config, run, model, stored, read_defaults(path, config), None)
+                matched = match(config, checkpoint.tensors, str(path))
+                stored = [(info, Assignment(KEEP, None)) for info in matched.tensors]
+                run = run_for(config)
+                plan = place(config, weigh(config, stored, run, packed=False), run, budget)
+                arena = Arena.from_plan(plan, target)
+                model = bind(CheckpointSource(checkpoint, arena), config, mtp)
+            return cls(path, plan, arena, model, stored, None, None)
         raise _no_model(path)
 
     # -- what was opened -------------------------------------------------------------------------------------
@@ -158,23 +200,51 @@ class Engine:
 
     # -- memory ----------------------------------------------------------------------------------------------
 
-    def buffers(self) -> list[Buffer]:
-        """Every buffer this engine holds with its sessions (one, in `run.sequences`): weights, states, workspace."""
-        return list_buffers(self.config, self.stored, self.run)
-
     def bytes_per_token(self) -> int:
         """Weight bytes read to decode one token."""
         return read_per_token(self.config, self.stored)
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the arena: every buffer of the plan but the workspace and the runtime's own memory."""
+        return self._arena.nbytes
+
+    def expert_stats(self) -> CacheStats:
+        """Counts of the expert cache since the engine was opened; all zero if there is none."""
+        return self._experts.stats() if self._experts else CacheStats()
+
+    def disk_reads(self) -> tuple[int, float]:
+        """Bytes of experts read from disk since the engine was opened, and seconds in which any read was under way."""
+        return self._experts.disk_reads() if self._experts else (0, 0.0)
+
+    def record_routes(self, sink: Callable[[str, np.ndarray], None] | None) -> None:
+        """Call `sink(layer, chosen experts [T, k])` at every use of a layer's routed experts; None ends it."""
+        if self._experts:
+            self._experts.record(sink)
+
     # -- use -------------------------------------------------------------------------------------------------
 
     def session(self) -> Session:
-        """A new, empty sequence with memory of its own."""
-        return Session(self)
+        """A new, empty sequence. Its memory is given back when nobody holds it any more.
+
+        Raises UsageError if there are as many as the engine was planned for.
+        """
+        if not self._sequences:
+            raise UsageError(
+                f"all {self.run.sequences} sequences this engine was planned for are in use",
+                f"close one, or Engine.open(..., sequences={self.run.sequences + 1})",
+            )
+        number = self._sequences.pop()
+        state = SequenceState(self.config, self.run, self._arena.sequence(number))
+        session = Session(self, state)
+        weakref.finalize(session, self._sequences.append, number)
+        return session
 
     def close(self) -> None:
         """Let the weights go. Sessions of this engine are of no use any more."""
         self._model = None
+        if self._experts is not None:
+            self._experts.close()
         if self._pack is not None:
             self._pack.close()
 
@@ -185,6 +255,22 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _budget(device: torch.device, ram: int | None, vram: int | None) -> Budget:
+    """What was asked for, else what is free now."""
+    free = free_memory() if ram is None else None
+    ram = int(free * SHARE) if free is not None else ram
+    if device.type != "cuda":
+        if vram is not None:
+            raise UsageError("--vram has no meaning without a GPU", "--ram SIZE")
+        return Budget(device=ram)
+    free_vram, _ = torch.cuda.mem_get_info(device)
+    return Budget(device=int(free_vram * SHARE) if vram is None else min(vram, free_vram), host=ram, gpu=True)
+
+
+def _no_experts(prefix: str) -> Routed:
+    raise ModelError(f"{prefix}: a dense model has no routed experts")
 
 
 def _device(name: str) -> torch.device:

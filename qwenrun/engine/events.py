@@ -30,6 +30,31 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertUse:
+    """What the expert cache did meanwhile; all zero if every expert is in memory from the start.
+
+    lookups: experts that layers asked for, each once a layer and pass; `hits` of them were there. disk_bytes: read
+    from disk. copied_bytes: moved from RAM to the GPU. stall_seconds: time in which there was nothing to compute.
+    ahead: experts read before their layer asked for them, `ahead_used` of which it then did. assisted: experts
+    that the CPU computed beside a GPU.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    disk_bytes: int = 0
+    copied_bytes: int = 0
+    stall_seconds: float = 0.0
+    ahead: int = 0
+    ahead_used: int = 0
+    assisted: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of lookups that found their expert; 1.0 if nothing was asked for."""
+        return self.hits / self.lookups if self.lookups else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """What one generation cost. Seconds are the engine's own: the time a reader holds an event is not counted.
 
@@ -37,6 +62,7 @@ class Stats:
     generated_tokens: tokens that were yielded; the stop token is not one of them.
     decode_steps: forward passes over one token. The first token comes from the prefill, so this is one less
         than the tokens sampled, stop token included.
+    prefill_experts, decode_experts: the expert cache in each of the two.
     """
 
     prompt_tokens: int = 0
@@ -45,6 +71,8 @@ class Stats:
     decode_steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    prefill_experts: ExpertUse = field(default_factory=ExpertUse)
+    decode_experts: ExpertUse = field(default_factory=ExpertUse)
 
     @property
     def prefill_tokens_per_second(self) -> float:

@@ -48,10 +48,11 @@ class Session:
     asked for, so the last token of a finished generation is not among them.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, state: SequenceState) -> None:
+        """Engine.session makes sessions. state: memory that is this sequence's own while it lasts."""
         self._engine = engine
         self._chunk = engine.run.chunk
-        self._state = SequenceState(engine.config, engine.run, engine.model.device)
+        self._state = state
         # Tokens whose keys and values are in the cache. Those from `position` on are left over from before a
         # rollback and stay usable until they are overwritten.
         self._ids: list[int] = []
@@ -288,11 +289,11 @@ class Session:
         appended. branch: where in `prompt` to keep a checkpoint."""
         clock = time.perf_counter
         text = _Text(self._engine, splitter)
-        begun = clock()
+        begun, opened = clock(), self._engine.expert_stats()
         cached = self._reuse(prompt) if resume else 0
         sampler = Sampler(params, self._engine.vocab_size, [*self.tokens, *prompt[cached:]])
         logits = self._prefill_prompt(prompt[cached:], None if branch is None else branch - cached, progress)
-        prefill_seconds = clock() - begun
+        prefill_seconds, prefilled = clock() - begun, self._engine.expert_stats()
 
         ids: list[int] = []
         reason: Reason = "length"
@@ -315,7 +316,16 @@ class Session:
             decode_seconds += clock() - begun
             yield from events
         yield from text.flush(ids[-1] if ids else 0)
-        stats = Stats(len(prompt), cached, len(ids), steps, prefill_seconds, decode_seconds)
+        stats = Stats(
+            len(prompt),
+            cached,
+            len(ids),
+            steps,
+            prefill_seconds,
+            decode_seconds,
+            prefilled.since(opened),
+            self._engine.expert_stats().since(prefilled),
+        )
         yield Done(reason, text.of("answer"), text.of("reasoning"), tuple(ids), stats)
 
     def _reuse(self, prompt: list[int]) -> int:

@@ -1,12 +1,13 @@
 """SequenceState: all the memory of one sequence, allocated once, and checkpoints of the part that can't be cut.
 
 Keys and values can be taken back by forgetting rows. A DeltaNet state can't: it has to be put back from a
-copy. Shapes come from `qwenrun.plan.buffers.state_shapes`, so what a plan prints is what is allocated.
-Knows no tokens: the session keeps them.
+copy. Its memory is the arena's, whose tensors are `qwenrun.plan.buffers.state_shapes`. Knows no tokens: the
+session keeps them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor
 
 from qwenrun.engine.delta_state import DeltaState
 from qwenrun.engine.kv_cache import Int8KV, PlainKV
-from qwenrun.kernels.weight import TORCH_DTYPES
 from qwenrun.model.config import ModelConfig
-from qwenrun.plan.buffers import Run, state_shapes
+from qwenrun.plan.buffers import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,11 @@ class SequenceState:
     module, if `run.mtp`.
     """
 
-    def __init__(self, config: ModelConfig, run: Run, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, run: Run, memory: Mapping[str, Tensor]) -> None:
+        """memory: the tensors of `plan.buffers.state_shapes` by name; whatever is in them is cleared."""
         self.ctx = run.ctx
-        self.device = torch.device(device)
-        self.buffers: dict[str, Tensor] = {
-            b.name: torch.zeros(b.shape, dtype=TORCH_DTYPES[b.dtype], device=self.device)
-            for b in state_shapes(config, run)
-        }
+        self.buffers = dict(memory)
+        self.device = next(iter(self.buffers.values())).device
         self.layers = tuple(
             self._kv(f"layers.{i}") if config.is_full(i) else self._delta(f"layers.{i}")
             for i in range(config.num_layers)
@@ -51,7 +49,7 @@ class SequenceState:
         self._slots = [self._states(f"snapshots.{n}.", linear) for n in range(run.snapshots)]
         # Position of each checkpoint -> its slot, the one unused longest first.
         self._checkpoints: dict[int, int] = {}
-        self.position = 0
+        self.reset()
 
     def _kv(self, name: str) -> PlainKV | Int8KV:
         k, v = self.buffers[f"{name}.k"], self.buffers[f"{name}.v"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from qwenrun.measure.machine import available_memory, machine
+from qwenrun.measure.machine import machine
+from qwenrun.plan.device import free_memory
 
 # Times the last-level cache, within these bounds and a quarter of what is free.
 CACHES, SMALLEST, LARGEST = 8, 256 << 20, 2 << 30
@@ -23,7 +24,7 @@ def read_bandwidth(progress: Callable[[int, int], None] | None = None) -> tuple[
     import torch
 
     size = min(max(CACHES * (machine().cache_bytes or 0), SMALLEST), LARGEST)
-    free = available_memory()
+    free = free_memory()
     if free is not None:
         size = min(size, max(free // 4, 16 << 20))
     # Filled by all threads, so that on a machine with several memory nodes each has its share.

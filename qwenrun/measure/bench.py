@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwenrun.engine.events import ExpertUse
 from qwenrun.errors import UsageError
 from qwenrun.measure.bandwidth import read_bandwidth
-from qwenrun.measure.machine import machine
+from qwenrun.measure.machine import machine, peak_rss
 
 if TYPE_CHECKING:
     from qwenrun.engine.engine import Engine
+    from qwenrun.engine.expert_cache import CacheStats
 
 SEED = 0
 
@@ -42,7 +44,9 @@ class BenchResult:
     """What one measurement found; bandwidths in bytes per second.
 
     achieved: weight bytes read per token times tokens per second. in_cache: the weights that a token reads fit
-    into the processor's cache, so that `achieved` says nothing of memory.
+    into the processor's cache, so that `achieved` says nothing of memory. plan: what was planned, in bytes.
+    prefill_experts, decode_experts: the expert cache in the measured runs. disk_read_bandwidth: bytes of experts
+    read per second while any read was under way; 0 without one. peak_rss: of this process, so far.
     """
 
     model: str
@@ -59,6 +63,11 @@ class BenchResult:
     threads: int
     machine: str
     in_cache: bool
+    plan: Mapping[str, Any]
+    prefill_experts: ExpertUse
+    decode_experts: ExpertUse
+    disk_read_bandwidth: float
+    peak_rss: int | None
 
     @property
     def achieved(self) -> float:
@@ -81,6 +90,20 @@ class BenchResult:
             "weights_fit_in_cache": self.in_cache,
             "threads": self.threads,
             "machine": self.machine,
+            "plan": dict(self.plan),
+            "prefill_experts": self._use(self.prefill_experts, self.prompt_tokens),
+            "decode_experts": self._use(self.decode_experts, self.gen_tokens),
+            "disk_read_bytes_per_second": self.disk_read_bandwidth,
+            "peak_rss_bytes": self.peak_rss,
+        }
+
+    def _use(self, use: ExpertUse, tokens: int) -> dict[str, Any]:
+        count = tokens * len(self.decode.runs)
+        return asdict(use) | {
+            "hit_rate": use.hit_rate,
+            "disk_bytes_per_token": use.disk_bytes / count,
+            "copied_bytes_per_token": use.copied_bytes / count,
+            "stall_seconds_per_token": use.stall_seconds / count,
         }
 
 
@@ -93,6 +116,8 @@ def bench(
 ) -> BenchResult:
     """Measure `runs` runs after one that is not counted. Raises UsageError if they do not fit the context."""
     import torch
+
+    from qwenrun.engine.expert_cache import CacheStats
 
     if prompt_tokens + gen_tokens > engine.run.ctx:
         raise UsageError(
@@ -111,13 +136,17 @@ def bench(
             progress(done, total, what)
 
     prefill, decode = [], []
-    for _ in range(runs + 1):
+    uses: dict[str, CacheStats] = {"prefill": CacheStats(), "decode": CacheStats()}
+    read_from = engine.disk_reads()
+    for number in range(runs + 1):
+        before = engine.expert_stats()
         session.reset()
         prompt = [rng.randrange(engine.vocab_size) for _ in range(prompt_tokens)]
         begun = time.perf_counter()
         session.prefill(prompt)
         prefill.append(prompt_tokens / (time.perf_counter() - begun))
         advance("prefill")
+        between = engine.expert_stats()
         spent = 0.0
         for _ in range(gen_tokens):
             token = rng.randrange(engine.vocab_size)
@@ -126,6 +155,14 @@ def bench(
             spent += time.perf_counter() - begun
             advance("decode")
         decode.append(gen_tokens / spent)
+        if number:
+            uses["prefill"] += between - before
+            uses["decode"] += engine.expert_stats() - between
+        else:
+            read_from = engine.disk_reads()
+    read_bytes, read_seconds = (now - then for now, then in zip(engine.disk_reads(), read_from))
+    disk_read = read_bytes / read_seconds if read_seconds > 0 else 0.0
+    rss = peak_rss()  # before the measurement of memory, which takes memory of its own
     bandwidth, method = read_bandwidth()
     cache = machine().cache_bytes
     bytes_per_token = engine.bytes_per_token()
@@ -144,4 +181,15 @@ def bench(
         threads=torch.get_num_threads(),
         machine=machine().line(),
         in_cache=cache is not None and bytes_per_token <= cache,
+        plan={
+            "device_bytes": engine.plan.parts(),
+            "host_bytes": engine.plan.parts("host"),
+            "disk_bytes": engine.plan.parts("disk"),
+            "experts": engine.plan.experts,
+            "resident_experts": engine.plan.slots,
+        },
+        prefill_experts=uses["prefill"].since(CacheStats()),
+        decode_experts=uses["decode"].since(CacheStats()),
+        disk_read_bandwidth=disk_read,
+        peak_rss=rss,
     )

@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qwenrun.plan.device import free_memory, meminfo, read_text
+
 # The instruction sets kernels for this program are written for, as /proc/cpuinfo spells them.
 FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 OPS = (
@@ -50,7 +52,7 @@ class Machine:
 @cache
 def machine() -> Machine:
     """This machine, as far as it tells."""
-    info = _read("/proc/cpuinfo")
+    info = read_text("/proc/cpuinfo")
     name = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     known = set(flags[1].split()) if flags else set()
@@ -58,43 +60,22 @@ def machine() -> Machine:
         cpu=" ".join(name[1].split()) if name else platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         flags=tuple(flag for flag in FLAGS if flag in known),
-        memory_bytes=_meminfo("MemTotal"),
+        memory_bytes=meminfo("MemTotal"),
         cache_bytes=_last_level_cache(),
     )
 
 
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping, a container's limit included; None if the system does not say."""
-    found = [_meminfo("MemAvailable"), _cgroup_room()]
-    return min((value for value in found if value is not None), default=None)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _meminfo(key: str) -> int | None:
-    match = re.search(rf"^{key}:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+def peak_rss() -> int | None:
+    """The most bytes this process has had resident so far; None if the system does not say."""
+    match = re.search(r"^VmHWM:\s+(\d+) kB", read_text("/proc/self/status"), re.MULTILINE)
     return int(match[1]) * 1024 if match else None
-
-
-def _cgroup_room() -> int | None:
-    """Room under the limit of this process's control group (version 2); what is only file cache counts as room."""
-    limit, current = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    if not (limit.isdigit() and current.isdigit()):
-        return None
-    files = re.search(r"^inactive_file (\d+)$", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
-    return max(int(limit) - int(current) + (int(files[1]) if files else 0), 0)
 
 
 def _last_level_cache() -> int | None:
     """Bytes of the largest cache of the first core."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        match = re.fullmatch(r"(\d+)([KM])", _read(str(path)).strip())
+        match = re.fullmatch(r"(\d+)([KM])", read_text(str(path)).strip())
         if match:
             sizes.append(int(match[1]) * {"K": 1 << 10, "M": 1 << 20}[match[2]])
     return max(sizes, default=None)
@@ -115,7 +96,7 @@ def diagnose() -> dict[str, Any]:
         "cores": here.cores,
         "threads": torch.get_num_threads(),
         "memory_bytes": here.memory_bytes,
-        "available_memory_bytes": available_memory(),
+        "available_memory_bytes": free_memory(),
         "cache_bytes": here.cache_bytes,
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -1,7 +1,8 @@
 """From Hugging Face names to a bound Model: the one place where a tensor's name becomes an attribute.
 
-A `WeightSource` (a pack, or a checkpoint folder) gives weights by name; `match` has checked before that every
-name the config asks for is there and that no other is. Knows no kernel, no format and no engine.
+A `WeightSource` (the engine's, over a pack or a checkpoint folder) gives weights by name, on the device they are
+used on; `match` has checked before that every name the config asks for is there and that no other is. Knows no
+kernel, no format and no engine.
 """
 
 from __future__ import annotations
@@ -9,22 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from qwenrun.kernels.ops import decode
 from qwenrun.kernels.weight import Weight
 from qwenrun.model.attention import Attention
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.deltanet import DeltaNet
-from qwenrun.model.inventory import HUB_PREFIX, Match, match
+from qwenrun.model.inventory import HUB_PREFIX
 from qwenrun.model.layer import Layer
 from qwenrun.model.linear import Linear
-from qwenrun.model.moe import DenseMLP, MoE
+from qwenrun.model.moe import DenseMLP, MoE, Routed
 from qwenrun.model.mtp import MTP
-from qwenrun.model.qwen3_5 import Model
-from qwenrun.quant.packfile.checkpoint import Checkpoint
-from qwenrun.quant.packfile.reader import PackReader
+from qwenrun.model.qwen3_5 import Embedding, Model
 
 
 class WeightSource(Protocol):
@@ -45,39 +42,39 @@ class WeightSource(Protocol):
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """A small tensor as float values."""
+        """A small tensor: what is no matrix as float32, the router as it is stored or decoded."""
         ...
 
-    def experts(self, prefix: str) -> tuple[Weight, Weight]:
-        """gate_up [E, 2I, H] and down [E, H, I] of the routed experts under `prefix`."""
+    def embedding(self, name: str) -> Embedding:
+        """The embedding table as a callable: ids to rows."""
+        ...
+
+    def experts(self, prefix: str) -> Routed:
+        """The routed experts under `prefix`, as a callable."""
         ...
 
 
-def bind(
-    source: WeightSource, config: ModelConfig, device: str | torch.device = "cpu", mtp: bool = False
-) -> tuple[Model, Match]:
-    """Build the model of `config` from the weights of `source`.
+def bind(source: WeightSource, config: ModelConfig, mtp: bool = False) -> Model:
+    """Build the model of `config` from the weights of `source`, whose names `inventory.match` has checked.
 
-    mtp: also bind the multi-token-prediction module, if it is there. The vision tower's tensors are known and
-    left alone. Raises ModelError naming the tensors that are missing, not known or of another shape.
+    mtp: also bind the multi-token-prediction module, if it is there. The vision tower's tensors are left alone.
     """
-    matched = match(config, source.found, source.where)
-    return _Binder(source, config, torch.device(device)).model(mtp), matched
+    return _Binder(source, config).model(mtp)
 
 
 class _Binder:
-    def __init__(self, source: WeightSource, config: ModelConfig, device: torch.device) -> None:
-        self.source, self.config, self.device = source, config, device
+    def __init__(self, source: WeightSource, config: ModelConfig) -> None:
+        self.source, self.config = source, config
         self.trunk = HUB_PREFIX if f"{HUB_PREFIX}norm.weight" in source.found else "model."
 
     def model(self, with_mtp: bool) -> Model:
-        embed = self.weight(f"{self.trunk}embed_tokens.weight")
+        embed = f"{self.trunk}embed_tokens.weight"
         return Model(
             self.config,
-            embed,
+            self.source.embedding(embed),
             [self.layer(f"{self.trunk}layers.{i}.", self.mixer(i)) for i in range(self.config.num_layers)],
             self.vector(f"{self.trunk}norm.weight"),
-            Linear(embed) if self.config.tie_embeddings else self.linear("lm_head"),
+            Linear(self.source.weight(embed)) if self.config.tie_embeddings else self.linear("lm_head"),
             self.mtp() if with_mtp and "mtp.fc.weight" in self.source.found else None,
         )
 
@@ -122,12 +119,10 @@ class _Binder:
         )
 
     def moe(self, name: str) -> MoE:
-        gate_up, down = self.source.experts(f"{name}experts")
         return MoE(
             self.config.top_k,
-            router=self.source.tensor(f"{name}gate.weight").to(self.device),
-            gate_up=self.move(gate_up),
-            down=self.move(down),
+            router=self.source.tensor(f"{name}gate.weight"),
+            routed=self.source.experts(f"{name}experts"),
             shared=self.swiglu(f"{name}shared_expert."),
             shared_gate=self.linear(f"{name}shared_expert_gate"),
         )
@@ -150,54 +145,8 @@ class _Binder:
         )
 
     def linear(self, name: str) -> Linear:
-        return Linear(self.weight(f"{name}.weight"))
-
-    def weight(self, name: str) -> Weight:
-        return self.move(self.source.weight(name))
-
-    def move(self, weight: Weight) -> Weight:
-        parts: dict[str, Tensor] = {name: t.to(self.device) for name, t in weight.parts.items()}
-        return Weight(weight.spec, weight.rows, weight.cols, **parts)
+        return Linear(self.source.weight(f"{name}.weight"))
 
     def vector(self, name: str) -> Tensor:
-        """Norms, biases, convolutions: so small that they are kept in float32 whatever they are stored in."""
-        return self.source.tensor(name).to(self.device, torch.float32)
-
-
-class PackSource:
-    """A pack: weights are views of its mapped files."""
-
-    def __init__(self, pack: PackReader) -> None:
-        self._pack = pack
-        self.where = str(pack.path)
-        self.found = {name: (entry.info.shape, entry.info.dtype) for name, entry in pack.tensors.items()}
-
-    def weight(self, name: str) -> Weight:
-        return self._pack.weight(name)
-
-    def tensor(self, name: str) -> Tensor:
-        # A recipe of one's own may encode a tensor that is not a layer's matrix here: the router.
-        encoded = self._pack.tensors[name].assignment.spec is not None
-        return decode(self._pack.weight(name)) if encoded else self._pack.tensor(name)
-
-    def experts(self, prefix: str) -> tuple[Weight, Weight]:
-        block = self._pack.experts(prefix)
-        return block.gate_up, block.down
-
-
-class CheckpointSource:
-    """A Hugging Face folder: weights are read into memory as they are stored, tensor by tensor."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self.where = str(checkpoint.folder)
-        self.found = checkpoint.tensors
-
-    def weight(self, name: str) -> Weight:
-        return Weight.plain(self._checkpoint.read(name))
-
-    def tensor(self, name: str) -> Tensor:
-        return self._checkpoint.read(name)
-
-    def experts(self, prefix: str) -> tuple[Weight, Weight]:
-        return self.weight(f"{prefix}.gate_up_proj"), self.weight(f"{prefix}.down_proj")
+        """Norms, biases, convolutions: so small that they are held in float32 whatever they are stored in."""
+        return self.source.tensor(name)

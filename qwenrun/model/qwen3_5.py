@@ -7,7 +7,7 @@ Knows neither tensor names (`bind` does) nor where a sequence's state lives (the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +22,20 @@ from qwenrun.model.layer import Layer, Rotary
 from qwenrun.model.linear import Linear
 from qwenrun.model.mtp import MTP
 
+Embedding = Callable[[Tensor], Tensor]
+
+
+class Table:
+    """An embedding table [V, H] in memory, in any stored format."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+        self._embedding = bind("embedding", weight.codes.device.type, weight.spec)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids i64 [T] -> f32 [T, H]."""
+        return self._embedding(ids, self.weight)
+
 
 class State(Protocol):
     """What a sequence keeps between calls: how many tokens it holds, and one state for each layer."""
@@ -35,33 +49,28 @@ class State(Protocol):
 class Model:
     """A bound model. Nothing here is looked up by name: every layer holds its weights and its kernels.
 
-    lm_head holds the same Weight as `embed` in models with tied embeddings. mtp is None if the checkpoint has
-    no such tensors.
+    embed: ids i64 [T] -> their rows of the embedding table, f32 [T, H], wherever the table is. mtp is None if the
+    checkpoint has no such tensors.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        embed: Weight,
+        embed: Embedding,
         layers: Sequence[Layer],
         norm: Tensor,
         lm_head: Linear,
         mtp: MTP | None = None,
     ) -> None:
         self.config = config
-        self.embed_tokens = embed
+        self.embed = embed
         self.layers = tuple(layers)
         self.norm = norm
         self.lm_head = lm_head
         self.mtp = mtp
         self.device = norm.device
-        self._embedding = bind("embedding", norm.device.type, embed.spec)
         self._rms_norm = bind("rms_norm", norm.device.type)
         self._rotary = Rotary(config, norm.device.type)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids i64 [T] -> their rows of the embedding table, f32 [T, H]."""
-        return self._embedding(ids, self.embed_tokens)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, state: State, positions: Tensor | None = None) -> Tensor:

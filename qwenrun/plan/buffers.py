@@ -1,8 +1,8 @@
 """Every buffer the engine holds, counted without torch from a config, the storage of its tensors and a run.
 
-`state_shapes` is what a session allocates from, so the figures printed and the bytes allocated can't drift.
-Weights are counted as they lie in a pack. Norms, biases and convolutions are copied to float32 when a model is
-bound (8 MB in the 122B); those copies are not counted.
+The engine's arena is made from this list and nothing else, so the figures printed and the bytes allocated can't
+drift. Weights are held as they lie in a pack, but for what is small and not a matrix (norms, biases,
+convolutions), which is held in float32.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from math import prod
 
 from qwenrun.errors import ModelError, UsageError
+from qwenrun.kernels.spec import Part
 from qwenrun.model.config import ModelConfig
-from qwenrun.plan.workspace import workspace
+from qwenrun.plan.workspace import Codes, workspace
 from qwenrun.quant.packfile.layout import expert_layout
 from qwenrun.quant.recipe import Assignment, TensorInfo, stored_bytes
 
 KV_DTYPES = ("bf16", "int8", "f32")
-DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 # Parts as they are printed; several parts of the inventory make one.
 DENSE = ("embedding", "lm_head", "attention", "gdn", "shared", "mlp", "router", "norm")
 # Printed part -> parts of the buffers.
@@ -30,7 +31,14 @@ PRINTED = {
     "vision": ("vision",),
     "mtp": ("mtp", "mtp_routed"),
     "workspace": ("workspace",),
+    "runtime": ("runtime",),
 }
+# What the process has resident before it opens a model: Python, torch and its libraries. Measured on Linux
+# with the CPU build of torch 2.13 (`tests/system/test_budget.py` holds it).
+RUNTIME = 320 << 20
+# On a card: the CUDA context with its kernels, and what torch's allocator keeps back. An assumption: 500 to 600 MB
+# is what people report of recent drivers; nothing here has been measured on a card.
+RUNTIME_CUDA = 640 << 20
 _PRINTED_AS = {part: name for name, parts in PRINTED.items() for part in parts}
 
 
@@ -115,41 +123,88 @@ def _delta(name: str, part: str, config: ModelConfig) -> list[Buffer]:
     ]
 
 
-def weight_buffers(stored: Iterable[tuple[TensorInfo, Assignment]], run: Run) -> list[Buffer]:
-    """One buffer a tensor; a layer's routed experts are one buffer, its records padded as they are in a pack."""
-    out = []
-    experts: dict[str, list[tuple[TensorInfo, Assignment]]] = {}
+def held_parts(info: TensorInfo, how: Assignment) -> dict[str, Part]:
+    """The arrays a dense tensor is held as: buffer name -> Part.
+
+    An encoded matrix has one per part of its format, `NAME.codes` and so on; another matrix is itself. What is
+    no matrix, and a router that a recipe encodes, is decoded to float32 once, when it is loaded. The vision
+    tower is counted as it is stored: nothing loads it yet.
+    """
+    if info.part == "vision":
+        return {info.name: Part("codes", info.dtype, info.shape)}
+    if len(info.shape) != 2 or (info.part == "router" and how.spec is not None):
+        return {info.name: Part("codes", "F32", info.shape)}
+    if how.spec is None:
+        return {info.name: Part("codes", info.dtype, info.shape)}
+    return {f"{info.name}.{p.name}": p for p in how.spec.parts(*info.shape, info.tensor_scales)}
+
+
+def is_held(info: TensorInfo, run: Run) -> bool:
+    """Whether a run has this tensor in memory at all."""
+    return not (info.part == "vision" and not run.vision) and not (info.part.startswith("mtp") and not run.mtp)
+
+
+def expert_records(stored: Iterable[tuple[TensorInfo, Assignment]], run: Run) -> dict[str, tuple[int, int, str]]:
+    """Routed experts: prefix -> (bytes of a record as a pack has it, experts, part), in the order of the layers."""
+    pairs: dict[str, dict[TensorInfo, Assignment]] = {}
     for info, how in stored:
-        if (info.part == "vision" and not run.vision) or (info.part.startswith("mtp") and not run.mtp):
-            continue
-        if info.is_experts:
-            experts.setdefault(info.name.rpartition(".")[0], []).append((info, how))
-        else:
-            out.append(Buffer(info.name, info.part, stored_bytes(info, how)))
-    for prefix, pair in experts.items():
-        info = pair[0][0]
-        size = expert_layout(dict(pair)).record_size * info.shape[0]
-        out.append(Buffer(prefix, info.part, size))
+        if info.is_experts and is_held(info, run):
+            pairs.setdefault(info.name.rpartition(".")[0], {})[info] = how
+    out = {}
+    for prefix, pair in pairs.items():
+        info = next(iter(pair))
+        out[prefix] = (expert_layout(pair).record_size, info.shape[0], info.part)
     return out
 
 
-def list_buffers(config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assignment]], run: Run) -> list[Buffer]:
-    """Every buffer of a run: weights as stored, `run.sequences` states, and the workspace (an estimate)."""
+def weight_buffers(stored: Iterable[tuple[TensorInfo, Assignment]], run: Run, packed: bool = True) -> list[Buffer]:
+    """One buffer for each array of a dense tensor. A layer's routed experts are one buffer: records, padded as
+    they are in a pack; or, not `packed`, one for each of the two stacks."""
     stored = list(stored)
+    out = [
+        Buffer(name, info.part, part.nbytes, part.shape, part.dtype)
+        for info, how in stored
+        if is_held(info, run) and not (packed and info.is_experts)
+        for name, part in _held(info, how)
+    ]
+    if packed:
+        for prefix, (record, count, part) in expert_records(stored, run).items():
+            out.append(Buffer(prefix, part, record * count))
+    return out
+
+
+def _held(info: TensorInfo, how: Assignment) -> Iterable[tuple[str, Part]]:
+    if info.is_experts:
+        return [(info.name, Part("codes", info.dtype, info.shape))]
+    return held_parts(info, how).items()
+
+
+def run_buffers(config: ModelConfig, codes: Codes, run: Run) -> list[Buffer]:
+    """What a run holds beside weights: `run.sequences` states, the workspace (an estimate), and the runtime's own
+    memory (a measured constant)."""
+    shapes = state_shapes(config, run)
     state = [
-        Buffer(f"sequence {n}: {b.name}", b.part, b.nbytes, b.shape, b.dtype)
+        Buffer(sequence_name(n, b.name), b.part, b.nbytes, b.shape, b.dtype)
         for n in range(run.sequences)
-        for b in state_shapes(config, run)
+        for b in shapes
     ]
-    return [
-        *weight_buffers(stored, run),
-        *state,
-        Buffer("workspace", "workspace", workspace(config, stored, run.chunk, run.ctx)),
-    ]
+    space = Buffer("workspace", "workspace", workspace(config, codes, run.chunk, run.ctx))
+    return [*state, space, Buffer("runtime", "runtime", RUNTIME)]
+
+
+def list_buffers(config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assignment]], run: Run) -> list[Buffer]:
+    """Every buffer of a run of a pack, all of its experts included."""
+    stored = list(stored)
+    return [*weight_buffers(stored, run), *run_buffers(config, Codes.of(stored), run)]
+
+
+def sequence_name(number: int, name: str) -> str:
+    """The name of a buffer of sequence `number`."""
+    return f"sequence {number}: {name}"
 
 
 def totals(buffers: Iterable[Buffer]) -> dict[str, int]:
-    """Bytes by printed part: dense, routed, kv, state (with checkpoints), vision, mtp, workspace, total."""
+    """Bytes by printed part: dense, routed, kv, state (with checkpoints), vision, mtp, workspace, runtime, total."""
     out = dict.fromkeys(PRINTED, 0)
     for buffer in buffers:
         if buffer.part not in _PRINTED_AS:

@@ -8,15 +8,14 @@ torch's allocator beside it. Not counted: the allocator's own slack, and what is
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from qwenrun.kernels.spec import CODE_BITS
 from qwenrun.model.config import ModelConfig
 from qwenrun.quant.recipe import Assignment, TensorInfo
 
 # Block sizes of kernels/ref, which this cold file can't import; a test holds them together.
 QUERY_BLOCK, KEY_BLOCK = 256, 2048
 DECODE_VALUES = 8 << 20
-GATHER_TOKENS = 2
 DELTA_CHUNK = 64
 # Bytes alive per value while a block of a matrix becomes float32, the result included: unpacked codes (1),
 # codes as numbers (4), scaled (4); E2M1 looks its 16 values up by 4-byte and 8-byte indices.
@@ -24,23 +23,35 @@ DECODING = {"f32": 0, "bf16": 4, "f16": 4, "int8": 8, "int4": 9, "e2m1": 17}
 FLOAT = 4
 
 
-def workspace(config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assignment]], chunk: int, ctx: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The codes (see BlockSpec) that take most memory to decode, of the dense matrices and of the experts."""
+
+    dense: str
+    routed: str
+
+    @classmethod
+    def of(cls, stored: Iterable[tuple[TensorInfo, Assignment]]) -> Codes:
+        """stored: the tensors that are held, and how."""
+        held = [(how.spec.codes if how.spec else info.dtype.lower(), info) for info, how in stored]
+        return cls(
+            _worst(codes for codes, info in held if len(info.shape) == 2 and info.part != "vision"),
+            _worst(codes for codes, info in held if info.is_experts),
+        )
+
+
+def workspace(config: ModelConfig, codes: Codes, chunk: int, ctx: int) -> int:
     """Bytes of the largest step, with the residual stream beside it: before and after the mixer, and normed.
 
-    stored: the tensors that are held, and how. chunk: tokens of a prefill step. ctx: tokens of the sequence.
+    chunk: tokens of a prefill step. ctx: tokens of the sequence.
     """
     tokens = min(chunk, ctx)
-    return 3 * FLOAT * tokens * config.hidden_size + max(steps(config, stored, tokens, ctx).values())
+    return 3 * FLOAT * tokens * config.hidden_size + max(steps(config, codes, tokens, ctx).values())
 
 
-def steps(
-    config: ModelConfig, stored: Iterable[tuple[TensorInfo, Assignment]], tokens: int, ctx: int
-) -> dict[str, int]:
+def steps(config: ModelConfig, codes: Codes, tokens: int, ctx: int) -> dict[str, int]:
     """Bytes of each step of a pass over the last `tokens` of `ctx`, without the residual stream."""
-    held = [(how.spec.codes if how.spec else info.dtype.lower(), info) for info, how in stored]
-    dense = _worst(codes for codes, info in held if len(info.shape) == 2 and info.part != "vision")
-    routed = _worst(codes for codes, info in held if info.is_experts)
-    hidden = config.hidden_size
+    dense, routed, hidden = codes.dense, codes.routed, config.hidden_size
 
     def linear(rows: int, cols: int, codes: str) -> int:
         """The output (twice where it is put together from blocks), and one decoded block of the matrix."""
@@ -63,14 +74,13 @@ def steps(
         # silu(gate) waits for the output of up.
         return out | {"mlp": FLOAT * tokens * config.mlp_size + linear(config.mlp_size, hidden, dense)}
     inner = config.expert_size
-    # The sum over experts and the rows that chose this one (at worst all); gate and up, their product.
-    waiting = FLOAT * tokens * 2 * (hidden + inner)
-    gathered = min(tokens, GATHER_TOKENS) * config.top_k * 2 * inner * hidden
+    # The weighted rows of every pair of token and expert, and their sum; of the expert at hand the rows that
+    # chose it (at worst all), gate and up, their product.
+    pairs = FLOAT * tokens * (config.top_k + 1) * hidden
+    waiting = FLOAT * tokens * (hidden + 2 * inner)
     return out | {
-        "experts": waiting + max(linear(2 * inner, hidden, routed), linear(hidden, inner, routed)),
+        "experts": pairs + waiting + max(linear(2 * inner, hidden, routed), linear(hidden, inner, routed)),
         "shared expert": FLOAT * tokens * (hidden + config.shared_size) + linear(config.shared_size, hidden, dense),
-        # For a token or two the gate and up rows of all chosen experts are copied and decoded at once.
-        "experts of few tokens": gathered * DECODING[routed] + gathered * CODE_BITS[routed] // 8,
     }
 
 

@@ -11,10 +11,10 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qwenrun.engine.events import Done, Event, Stats
+from qwenrun.engine.events import Done, Event, ExpertUse, Stats
 from qwenrun.errors import UsageError
 from qwenrun.ui import console
-from qwenrun.ui.models import check_memory, find_model, model_name
+from qwenrun.ui.models import find_model, model_name, plan_model
 from qwenrun.ui.progress import Progress, Status
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ QUIET_PREFILL_SECONDS = 0.5
 class ChatOptions:
     """The options of `qwenrun chat`. `sampling` holds those that were given; the model has the others.
 
-    budget, memory: bytes that everything must fit in, and that are free; None is not checked.
+    ram, vram: bytes that everything must fit in; without `ram` what is free now, without `vram` no GPU is used.
     """
 
     model: str | None = None
@@ -43,8 +43,12 @@ class ChatOptions:
     kv: str = "bf16"
     stats: bool = False
     as_json: bool = False
-    budget: int | None = None
-    memory: int | None = None
+    ram: int | None = None
+    vram: int | None = None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.vram is None else "cuda"
 
 
 def chat(options: ChatOptions) -> None:
@@ -55,11 +59,11 @@ def chat(options: ChatOptions) -> None:
     if question is None:
         _check_terminals(options)
     path = find_model(options.model)
-    check_memory(path, ctx=options.ctx, kv=options.kv, budget=options.budget, available=options.memory)
+    ram = plan_model(path, ctx=options.ctx, kv=options.kv, ram=options.ram, vram=options.vram)
     with Status(f"loading {path} ..."):
         from qwenrun.engine.engine import Engine
 
-        engine = Engine.open(path, ctx=options.ctx, kv=options.kv)
+        engine = Engine.open(path, ctx=options.ctx, kv=options.kv, ram=ram, vram=options.vram, device=options.device)
     with engine:
         if question is None:
             from qwenrun.ui.repl import repl
@@ -183,13 +187,33 @@ def ending(done: Done, options: ChatOptions) -> str:
 
 
 def describe(stats: Stats) -> str:
-    """One line: "prompt 31 tokens (20 cached) 412 tok/s, answer 18 tokens 39.1 tok/s"."""
+    """Lines: "prompt 31 tokens (20 cached) 412 tok/s, answer 18 tokens 39.1 tok/s", and what the expert cache did."""
     cached = f" ({stats.cached_tokens:,} cached)" if stats.cached_tokens else ""
     prefill = f" {_rate(stats.prefill_tokens_per_second)}" if stats.prefill_tokens_per_second else ""
     decode = f" {_rate(stats.decode_tokens_per_second)}" if stats.decode_tokens_per_second else ""
     total = console.seconds(stats.prefill_seconds + stats.decode_seconds)
     prompt = f"prompt {stats.prompt_tokens:,} tokens{cached}{prefill}"
-    return f"{prompt}, answer {stats.generated_tokens:,} tokens{decode}, {total}"
+    lines = [f"{prompt}, answer {stats.generated_tokens:,} tokens{decode}, {total}"]
+    computed = stats.prompt_tokens - stats.cached_tokens
+    for what, use, tokens in (
+        ("prompt", stats.prefill_experts, computed),
+        ("answer", stats.decode_experts, stats.decode_steps),
+    ):
+        if use.lookups and tokens:
+            lines.append(f"experts of the {what}: {describe_experts(use, tokens)}")
+    return "\n".join(lines)
+
+
+def describe_experts(use: ExpertUse, tokens: int) -> str:
+    """One line: "hits 92 %, 21.4 MB a token from disk, stalled 0.3 s"."""
+    said = [f"hits {use.hit_rate:.1%}", f"{console.decimal_size(use.disk_bytes / tokens)} a token from disk"]
+    if use.copied_bytes:
+        said.append(f"{console.decimal_size(use.copied_bytes / tokens)} a token to the GPU")
+    if use.assisted:
+        said.append(f"{use.assisted / tokens:,.1f} a token on the CPU")
+    if use.ahead:
+        said.append(f"{use.ahead_used / use.ahead:.0%} of {use.ahead:,} read ahead were used")
+    return ", ".join([*said, f"stalled {console.seconds(use.stall_seconds)}"])
 
 
 def _rate(value: float) -> str:

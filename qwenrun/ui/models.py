@@ -1,4 +1,4 @@
-"""Which model a person means, found and checked before anything heavy is imported or opened.
+"""Which model a person means, found, and planned before anything heavy is imported or opened.
 
 Standard library and cold rooms alone. Opens no weights.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwenrun.demo import model_dir
-from qwenrun.errors import DoesNotFitError, ModelError, UsageError
+from qwenrun.errors import ModelError, UsageError
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import inventory
-from qwenrun.plan.buffers import Run, list_buffers, totals
-from qwenrun.quant.errors import PackError
-from qwenrun.quant.packfile.layout import MANIFEST, MAX_JSON_BYTES, Manifest, parse_manifest, strict_json
-from qwenrun.quant.recipe import KEEP, Assignment
-from qwenrun.ui.console import note, size
+from qwenrun.plan.buffers import Run
+from qwenrun.plan.device import SHARE, free_memory
+from qwenrun.plan.planner import Budget, Plan, place, weigh
+from qwenrun.quant.packfile.layout import MANIFEST, Manifest, read_manifest
+from qwenrun.quant.recipe import KEEP, Assignment, TensorInfo
+from qwenrun.ui.console import note, size, tokens
+
+Stored = list[tuple[TensorInfo, Assignment]]
 
 
 def find_model(name: str | None, quiet: bool = False) -> Path:
@@ -56,16 +59,7 @@ def manifest_of(path: Path) -> Manifest:
     """The checked manifest of the pack at `path`. Raises PackError, ModelError if there is nothing."""
     if not path.exists():
         raise ModelError(f"there is no pack at {path}", "qwenrun quantize SRC -o PACK makes one")
-    file = path / MANIFEST
-    if not file.is_file():
-        raise PackError(f"{path} is not a pack: it has no {MANIFEST}", "qwenrun quantize SRC -o PACK makes one")
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise PackError(f"{file}: {file.stat().st_size:,} bytes is too large for a manifest")
-        text = file.read_bytes()
-    except OSError as error:
-        raise PackError(f"{file} can't be read: {error.strerror}") from error
-    return parse_manifest(strict_json(text, str(file)), str(file))
+    return read_manifest(path)
 
 
 def model_name(config: ModelConfig, path: Path) -> str:
@@ -73,36 +67,49 @@ def model_name(config: ModelConfig, path: Path) -> str:
     return "demo" if path.resolve() == model_dir().resolve() else config.name or path.resolve().name
 
 
-def check_memory(path: Path, *, ctx: int, kv: str, budget: int | None, available: int | None) -> None:
-    """Refuse, before anything is loaded, a model whose plan exceeds the memory. Raises DoesNotFitError.
-
-    budget: bytes that everything must fit in, if a person said so. available: bytes that are free, if known. A
-    pack's weights are mapped, not loaded: if only they exceed what is free that is slow, and a note says so.
-    """
-    run = Run(ctx=ctx, kv=kv, mtp=False, vision=False)
-    mapped = is_pack(path)
-    if mapped:
+def stored_in(path: Path) -> tuple[ModelConfig, Stored, str]:
+    """(config, how each tensor is stored, the recipe's name) of a pack or, as it is, a Hugging Face folder."""
+    if is_pack(path):
         manifest = manifest_of(path)
         config = ModelConfig.from_hf(manifest.config, name=path.resolve().name)
         stored = [(entry.info, entry.assignment) for entry in manifest.tensors.values()]
-    else:
-        config = ModelConfig.from_folder(path)
-        stored = [(info, Assignment(KEEP, None)) for info in inventory(config)]
-    parts = totals(list_buffers(config, stored, run))
-    weights = parts["dense"] + parts["routed"]
-    own = parts["total"] - (weights if mapped else 0)
-    limit, needed, what = (
-        (budget, parts["total"], "--budget") if budget is not None else (available, own, "free memory")
-    )
-    if limit is not None and needed > limit:
-        raise DoesNotFitError(
-            f"{path} with a context of {ctx:,} tokens needs {size(needed)}, and the {what} is {size(limit)}\n"
-            f"  weights {size(weights)}{' (mapped)' if mapped else ''}, KV cache {size(parts['kv'])},"
-            f" DeltaNet state {size(parts['state'])}, workspace {size(parts['workspace'])}",
-            f"a shorter --ctx, --kv int8 or a smaller recipe; see: qwenrun vram {path} --ctx {ctx}",
-        )
-    if available is not None and parts["total"] > available:
-        note(
-            f"note: {path} needs {size(parts['total'])} and {size(available)} are free: weights will be read from"
-            " disk again and again, which is slow"
-        )
+        return config, stored, str(manifest.recipe.get("name", ""))
+    config = ModelConfig.from_folder(path)
+    return config, [(info, Assignment(KEEP, None)) for info in inventory(config)], ""
+
+
+def plan_model(path: Path, *, ctx: int, kv: str, ram: int | None, vram: int | None, quiet: bool = False) -> int | None:
+    """Plan a model before it is loaded, and say in one line what lies where; the bytes of RAM planned with.
+
+    ram, vram: bytes that were asked for. Without `ram` it is what is free now. Raises DoesNotFitError.
+    """
+    config, stored, _ = stored_in(path)
+    if ram is None:
+        free = free_memory()
+        ram = None if free is None else int(free * SHARE)
+    run = Run(ctx=ctx, kv=kv, mtp=False, vision=False)
+    budget = Budget(ram) if vram is None else Budget(vram, ram, gpu=True)
+    plan = place(config, weigh(config, stored, run, is_pack(path)), run, budget)
+    if not quiet:
+        note(plan_line(plan))
+    return ram
+
+
+def plan_line(plan: Plan) -> str:
+    """One line: "RAM 11.9 GiB: weights 5.6, KV@4k 0.1, state 0.4, experts 1,402 of 6,144 (23 %), ..."."""
+    parts = plan.parts()
+    small = [
+        ("weights", parts["dense"] + parts["mtp"] + parts["vision"]),
+        (f"KV@{tokens(plan.run.ctx)}", parts["kv"]),
+        ("state", parts["state"]),
+        ("workspace", parts["workspace"]),
+        ("runtime", parts["runtime"]),
+    ]
+    said = [f"{name} {size(nbytes)}" for name, nbytes in small if nbytes]
+    if plan.experts:
+        said.append(f"experts {plan.slots:,} of {plan.experts:,} ({plan.resident:.0%}) {size(parts['routed'])}")
+    line = f"{'VRAM' if plan.budget.gpu else 'RAM'} {size(plan.total())}: {', '.join(said)}"
+    if plan.budget.gpu:
+        line += f"; RAM {size(plan.total('host'))}: experts {plan.host_slots:,}"
+    beyond = plan.total("disk")
+    return f"{line}; {size(beyond)} stay on disk" if beyond else line

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qwenrun.ui import console
-from qwenrun.ui.models import check_memory, find_model, model_name
+from qwenrun.ui.chat import describe_experts
+from qwenrun.ui.models import find_model, model_name, plan_model
 from qwenrun.ui.progress import Progress, Status
 from qwenrun.ui.tables import fields, table
 
@@ -22,15 +23,23 @@ MISSES_SHOWN = 10
 
 @contextmanager
 def measuring(
-    model: str | None, *, ctx: int, kv: str, label: str, unit: str, memory: int | None, quiet: bool
+    model: str | None,
+    *,
+    ctx: int,
+    kv: str,
+    label: str,
+    unit: str,
+    quiet: bool,
+    ram: int | None = None,
+    vram: int | None = None,
 ) -> Iterator[tuple[Engine, Progress]]:
     """The open model, and the progress of measuring it."""
     path = find_model(model, quiet)
-    check_memory(path, ctx=ctx, kv=kv, budget=None, available=memory)
+    ram = plan_model(path, ctx=ctx, kv=kv, ram=ram, vram=vram, quiet=quiet)
     with Status(f"loading {path} ...", quiet):
         from qwenrun.engine.engine import Engine
 
-        engine = Engine.open(path, ctx=ctx, kv=kv)
+        engine = Engine.open(path, ctx=ctx, kv=kv, ram=ram, vram=vram, device="cpu" if vram is None else "cuda")
     with engine, Progress(label, unit=unit, quiet=quiet) as progress:
         yield engine, progress
 
@@ -52,9 +61,22 @@ def bench_report(result: Any, *, as_json: bool) -> None:
                 ("weights read", f"{console.decimal_size(result.achieved)}/s {of_memory}"),
                 ("memory reads", f"{console.decimal_size(result.read_bandwidth)}/s"),
                 ("measured as", result.bandwidth_method),
+                ("experts", _experts(result)),
+                ("peak memory", console.size(result.peak_rss) if result.peak_rss else ""),
             ]
         )
     )
+
+
+def _experts(result: Any) -> str:
+    """What the cache did while decoding; "" for a model without routed experts."""
+    plan, use = result.plan, result.decode_experts
+    if not plan["experts"]:
+        return ""
+    tokens = result.gen_tokens * len(result.decode.runs)
+    held = f"{plan['resident_experts']:,} of {plan['experts']:,} resident"
+    disk = f", disk {console.decimal_size(result.disk_read_bandwidth)}/s" if result.disk_read_bandwidth else ""
+    return f"{held}; decode: {describe_experts(use, tokens)}{disk}"
 
 
 def _speed(speed: Any) -> str:

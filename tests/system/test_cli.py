@@ -216,13 +216,13 @@ def test_3_corrupt(qwenrun: Run, demo_pack: Path, tmp_path: Path) -> None:
 
 
 def test_4_does_not_fit(qwenrun: Run, demo_pack: Path) -> None:
-    error = failed(qwenrun("chat", "-m", demo_pack, "-p", "x", "--budget", "1MiB"), 4)
-    assert "1.0 MiB" in error
-    done = qwenrun("vram", "--ctx", "4k", "--budget", "24GiB")
+    error = failed(qwenrun("chat", "-m", demo_pack, "-p", "x", "--ram", "100MiB"), 4)
+    assert "more than the 100 MiB there are" in error
+    done = qwenrun("vram", "--ctx", "4k", "--ram", "4GiB")
     assert done.returncode == 4
     assert "total" in done.stdout
-    assert "24.0 GiB" in done.stderr
-    assert qwenrun("vram", "--ctx", "4k", "--budget", "80GiB").returncode == 0
+    assert "4.00 GiB" in done.stderr
+    assert qwenrun("vram", "--ctx", "4k", "--ram", "8GiB").returncode == 0
 
 
 LONG = ("--temperature", "100", "--seed", "5", "--ctx", "4k")

@@ -13,11 +13,14 @@ import pytest
 from qwenrun.demo.dataset import pairs
 from qwenrun.engine.events import Done, Event, Token
 from qwenrun.engine.sampler import SamplingParams
+from qwenrun.engine.events import ExpertUse
+from qwenrun.engine.expert_cache import CacheStats
 from qwenrun.errors import UsageError
 from qwenrun.measure import bandwidth, quality
 from qwenrun.measure import bench as bench_module
 from qwenrun.measure.bench import BenchResult, Speed, bench
-from qwenrun.measure.machine import available_memory, diagnose, machine
+from qwenrun.measure.machine import diagnose, machine
+from qwenrun.plan.device import free_memory
 from qwenrun.ui import reports
 
 
@@ -63,6 +66,9 @@ def fake_engine(session: Any, ctx: int = 64) -> Any:
         path=Path("/fake"),
         vocab_size=50,
         bytes_per_token=lambda: 2_000_000_000,
+        plan=SimpleNamespace(parts=lambda tier="device": {"total": 7}, experts=10, slots=4),
+        expert_stats=lambda: CacheStats(*(len(session.fed) // n for n in (1, 2)), disk_bytes=len(session.fed) * 3),
+        disk_reads=lambda: (len(session.fed) * 10, session.clock.now / 2),
     )
 
 
@@ -88,6 +94,12 @@ def test_medians_without_the_first_run(clock: Clock) -> None:
     assert result.decode.median == pytest.approx(5.0)
     assert result.prefill.runs == pytest.approx((1000.0,) * 3)
     assert result.achieved == pytest.approx(10e9)
+    # Of the three measured runs: 20 tokens of prompt and 4 after them.
+    assert result.prefill_experts == ExpertUse(lookups=60, hits=30, disk_bytes=180)
+    assert result.decode_experts == ExpertUse(lookups=12, hits=6, disk_bytes=36)
+    assert result.to_json()["decode_experts"]["disk_bytes_per_token"] == 3
+    assert result.to_json()["decode_experts"]["hit_rate"] == 0.5
+    assert result.plan["resident_experts"] == 4
     assert (result.read_bandwidth, result.bandwidth_method) == (50e9, "told")
     assert (result.prompt_tokens, result.gen_tokens, result.ctx, result.kv) == (20, 4, 64, "int8")
     assert len(session.fed) == 4 * (20 + 4)
@@ -117,6 +129,19 @@ RESULT = BenchResult(
     threads=8,
     machine="a machine",
     in_cache=False,
+    plan={
+        "experts": 6_144,
+        "resident_experts": 1_402,
+        "device_bytes": {"total": 1},
+        "host_bytes": {},
+        "disk_bytes": {},
+    },
+    prefill_experts=ExpertUse(),
+    decode_experts=ExpertUse(
+        lookups=1000, hits=750, disk_bytes=96 * 10**9, ahead=100, ahead_used=40, stall_seconds=2.5
+    ),
+    disk_read_bandwidth=1e9,
+    peak_rss=12 << 30,
 )
 
 
@@ -126,6 +151,9 @@ def test_the_report_says_how_far_there_is_to_go(capsys: pytest.CaptureFixture[st
     assert "450.0 tok/s (median of 3, 400.0 to 500.0), 256 tokens" in out
     assert "73.90 GB/s (74% of it)" in out
     assert "100.00 GB/s" in out
+    # 96 GB in three runs of 32 tokens.
+    told = "1,402 of 6,144 resident; decode: hits 75.0%, 1.00 GB a token from disk, 40% of 100 read ahead were used"
+    assert f"{told}, stalled 2.5 s, disk 1.00 GB/s" in out
 
 
 def test_the_report_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +181,7 @@ def test_this_machine() -> None:
     assert here.cores >= 1
     assert here.cpu
     assert here.cpu in here.line()
-    free = available_memory()
+    free = free_memory()
     if here.memory_bytes is not None:
         assert free is not None
         assert 0 < free <= here.memory_bytes

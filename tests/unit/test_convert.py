@@ -18,8 +18,8 @@ import torch
 from qwenrun.errors import ModelError
 from qwenrun.kernels.ops import decode
 from qwenrun.quant.errors import CheckpointError, RecipeError, StorageError
-from qwenrun.quant.packfile.layout import MANIFEST
-from qwenrun.quant.packfile.reader import PackReader, read_manifest, verify
+from qwenrun.quant.packfile.layout import MANIFEST, read_manifest
+from qwenrun.quant.packfile.reader import PackReader, verify
 
 Maker, Quantize = Callable[..., Path], Callable[..., Any]
 

@@ -20,8 +20,16 @@ from safetensors import safe_open
 
 from qwenrun.kernels.ops import decode
 from qwenrun.quant.errors import PackError
-from qwenrun.quant.packfile.layout import DENSE, MANIFEST, document_sha256, expert_file, parse_manifest, strict_json
-from qwenrun.quant.packfile.reader import PackReader, read_manifest, verify
+from qwenrun.quant.packfile.layout import (
+    DENSE,
+    MANIFEST,
+    document_sha256,
+    expert_file,
+    parse_manifest,
+    read_manifest,
+    strict_json,
+)
+from qwenrun.quant.packfile.reader import PackReader, verify
 
 RECIPES = ("balanced", "nvfp4", "int4", "bf16")
 

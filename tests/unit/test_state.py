@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -22,19 +23,19 @@ def small(name: str = "Qwen3.5-35B-A3B", **text: Any) -> ModelConfig:
 
 
 def live_bytes(state: SequenceState) -> int:
-    """Bytes of the distinct memory a state holds, found through its tensors' storages."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.buffers.values()}
-    assert len(storages) == len(state.buffers)
-    return sum(storages.values())
+    """Bytes of the memory a state holds; no two tensors share any."""
+    places = sorted((t.data_ptr(), t.numel() * t.element_size()) for t in state.buffers.values())
+    assert all(at + size <= following for (at, size), (following, _) in itertools.pairwise(places))
+    return sum(size for _, size in places)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "f32"])
 @pytest.mark.parametrize("mtp", [True, False])
 @pytest.mark.parametrize("name", ["Qwen3.5-35B-A3B", "Qwen3.5-27B"])
-def test_planned_bytes_are_allocated_bytes(name: str, kv: str, mtp: bool) -> None:
+def test_planned_bytes_are_allocated_bytes(new_state: Any, name: str, kv: str, mtp: bool) -> None:
     config = small(name)
     run = Run(ctx=77, kv=kv, mtp=mtp, snapshots=3)
-    state = SequenceState(config, run)
+    state = new_state(config, run)
     planned = sum(b.nbytes for b in state_shapes(config, run))
     assert state.nbytes == planned == live_bytes(state)
     # The figures that a plan prints are of the same list.
@@ -48,10 +49,10 @@ def test_planned_bytes_are_allocated_bytes(name: str, kv: str, mtp: bool) -> Non
     assert planned == caches + 4 * delta
 
 
-def test_the_layers_hold_the_allocated_memory() -> None:
+def test_the_layers_hold_the_allocated_memory(new_state: Any) -> None:
     """No layer works on memory of its own, and none shares with another."""
     config = small()
-    state = SequenceState(config, Run(ctx=5, kv="f32", mtp=False, snapshots=0))
+    state = new_state(config, Run(ctx=5, kv="f32", mtp=False, snapshots=0))
     for tensor in state.buffers.values():
         tensor.fill_(float("nan"))
     seen = 0
@@ -86,9 +87,9 @@ def at(state: SequenceState, position: int) -> None:
     fill(state, float(position))
 
 
-def test_checkpoints() -> None:
+def test_checkpoints(new_state: Any) -> None:
     config = small()
-    state = SequenceState(config, Run(ctx=50, mtp=False, snapshots=2))
+    state = new_state(config, Run(ctx=50, mtp=False, snapshots=2))
     assert state.nearest(50) == 0
     for position in (10, 20):
         at(state, position)
@@ -113,9 +114,9 @@ def test_checkpoints() -> None:
     assert state.checkpoints == ()
 
 
-def test_a_checkpoint_can_be_taken_again() -> None:
+def test_a_checkpoint_can_be_taken_again(new_state: Any) -> None:
     config = small()
-    state = SequenceState(config, Run(ctx=50, mtp=False, snapshots=1))
+    state = new_state(config, Run(ctx=50, mtp=False, snapshots=1))
     at(state, 10)
     state.checkpoint()
     fill(state, 99.0)
@@ -125,15 +126,15 @@ def test_a_checkpoint_can_be_taken_again() -> None:
     assert value_of(state) == {99.0}
 
 
-def test_without_slots_only_the_start_is_left() -> None:
-    state = SequenceState(small(), Run(ctx=50, mtp=False, snapshots=0))
+def test_without_slots_only_the_start_is_left(new_state: Any) -> None:
+    state = new_state(small(), Run(ctx=50, mtp=False, snapshots=0))
     at(state, 10)
     state.checkpoint()
     assert state.restore_nearest(50) == 0
 
 
-def test_copies_are_independent() -> None:
-    state = SequenceState(small(), Run(ctx=50, mtp=False))
+def test_copies_are_independent(new_state: Any) -> None:
+    state = new_state(small(), Run(ctx=50, mtp=False))
     at(state, 7)
     saved = state.copy()
     at(state, 8)

@@ -22,7 +22,7 @@ from qwenrun.engine.sampler import SamplingParams
 from qwenrun.errors import DoesNotFitError, ModelError, UsageError
 from qwenrun.ui import console, quantize, screen
 from qwenrun.ui.chat import ChatOptions, answer, describe, question_from
-from qwenrun.ui.models import check_memory, find_model
+from qwenrun.ui.models import find_model, plan_model
 from qwenrun.ui.progress import Progress
 from qwenrun.ui.repl import Repl, unquoted
 from qwenrun.ui.tables import fields, table
@@ -697,15 +697,19 @@ def test_a_missing_model_names_what_to_do(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-def test_a_plan_that_does_not_fit_is_refused(checkpoint_maker: Any, tmp_path: Path, capsys: Any) -> None:
+def test_a_plan_that_does_not_fit_is_refused(
+    checkpoint_maker: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint_maker(tmp_path / "tiny")
-    check_memory(folder, ctx=256, kv="bf16", budget=None, available=None)
-    check_memory(folder, ctx=256, kv="bf16", budget=1 << 30, available=0)
-    with pytest.raises(DoesNotFitError, match=r"--budget is 1\.0 MiB"):
-        check_memory(folder, ctx=256, kv="bf16", budget=1 << 20, available=1 << 40)
-    with pytest.raises(DoesNotFitError, match=r"free memory is 1\.0 MiB") as error:
-        check_memory(folder, ctx=256, kv="bf16", budget=None, available=1 << 20)
-    assert "qwenrun vram" in error.value.hint
+    assert plan_model(folder, ctx=256, kv="bf16", ram=1 << 30, vram=None) == 1 << 30
+    assert re.match(r"RAM [\d.]+ MiB: weights .*, KV@256 .*, runtime 320.0 MiB", capsys.readouterr().err)
+    with pytest.raises(DoesNotFitError, match=r"MiB more than the 300 MiB there are"):
+        plan_model(folder, ctx=256, kv="bf16", ram=300 << 20, vram=None)
+    monkeypatch.setattr("qwenrun.ui.models.free_memory", lambda: 300 << 20)
+    with pytest.raises(DoesNotFitError, match=r"more than the 276 MiB there are"):
+        plan_model(folder, ctx=256, kv="bf16", ram=None, vram=None)
+    monkeypatch.setattr("qwenrun.ui.models.free_memory", lambda: None)
+    assert plan_model(folder, ctx=256, kv="bf16", ram=None, vram=None, quiet=True) is None
 
 
 # -- the way out ----------------------------------------------------------------------------------------------
@@ -765,7 +769,7 @@ def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     [
         (["quantise"], "Did you mean 'quantize'"),
         (["chat", "--temprature", "1"], "--temperature"),
-        (["vram", "--kv", "int3"], "'int3' is not one of bf16, int8, f32"),
+        (["vram", "--kv", "int3"], "--kv 'int3' is none of bf16, int8, f32"),
         (["chat", "-p", "x", "--temperature", "-1"], "-1 is not at least 0"),
         (["chat", "-p", "x", "--temperature", "nan"], "nan is not at least 0"),
         (["chat", "-p", "x", "--top-p", "1.5"], "1.5 is not at least 0 and at most 1"),
@@ -829,4 +833,4 @@ def test_unchanged_defaults_are_the_models(monkeypatch: pytest.MonkeyPatch) -> N
     assert run_main(monkeypatch, "chat", "-p", "x", "--temperature", "0", "--top-k", "0", "--no-think") == 0
     assert seen[0].sampling == {}
     assert seen[0].think is None
-    assert seen[1] == replace(seen[0], sampling={"temperature": 0.0, "top_k": 0}, think=False, memory=seen[1].memory)
+    assert seen[1] == replace(seen[0], sampling={"temperature": 0.0, "top_k": 0}, think=False)

@@ -6,17 +6,19 @@ import copy
 import gc
 import importlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 
-from qwenrun.engine.state import SequenceState
 from qwenrun.kernels import ops
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 from qwenrun.model.bind import bind
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import inventory
+from qwenrun.model.moe import StackedExperts
+from qwenrun.model.qwen3_5 import Table
 from qwenrun.plan import workspace as plan
 from qwenrun.plan.buffers import Run
 from qwenrun.quant import formats
@@ -58,8 +60,11 @@ class RandomWeights:
     def weight(self, name: str) -> Weight:
         return ops.encode(self.tensor(name), self.spec)
 
-    def experts(self, prefix: str) -> tuple[Weight, Weight]:
-        return self.weight(f"{prefix}.gate_up_proj"), self.weight(f"{prefix}.down_proj")
+    def embedding(self, name: str) -> Table:
+        return Table(self.weight(name))
+
+    def experts(self, prefix: str) -> StackedExperts:
+        return StackedExperts(self.weight(f"{prefix}.gate_up_proj"), self.weight(f"{prefix}.down_proj"))
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -81,7 +86,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     ("config", "form", "tokens", "before", "kv", "step"),
     [
         (MOE, "bf16", 256, 100, "f32", "convolution"),
-        (MOE, "int4-g128", 2, 10, "f32", "experts of few tokens"),
+        (MOE, "int4-g128", 2, 10, "f32", "attention projections"),
         (MOE, "bf16", 1, 300, "bf16", "attention projections"),
         (MOE, "int8-g128", 64, 4032, "bf16", "attention"),
         (DENSE, "int4-g128", 16, 4080, "int8", "attention projections"),
@@ -89,19 +94,19 @@ def peak_bytes(work: Callable[[], object]) -> int:
     ],
 )
 def test_the_estimate_is_near_the_peak(
-    config: ModelConfig, form: str, tokens: int, before: int, kv: str, step: str
+    new_state: Callable[..., Any], config: ModelConfig, form: str, tokens: int, before: int, kv: str, step: str
 ) -> None:
     torch.manual_seed(tokens)
     source = RandomWeights(config, formats.parse(form).spec)
-    model, _ = bind(source, config)
+    model = bind(source, config)
     ctx = before + tokens
-    state = SequenceState(config, Run(ctx, kv=kv, mtp=False, vision=False, snapshots=0))
+    state = new_state(config, Run(ctx, kv=kv, mtp=False, vision=False, snapshots=0))
     state.position = before
     ids = torch.randint(0, config.vocab_size, (tokens,))
     peak = peak_bytes(lambda: model.logits(model.forward(ids, state)[-1]))
-    estimate = plan.workspace(config, source.stored(), tokens, ctx)
+    estimate = plan.workspace(config, plan.Codes.of(source.stored()), tokens, ctx)
     assert peak / 1.03 < estimate < peak * 1.1, f"peak {peak:,}, estimate {estimate:,}"
-    steps = plan.steps(config, source.stored(), tokens, ctx)
+    steps = plan.steps(config, plan.Codes.of(source.stored()), tokens, ctx)
     assert max(steps, key=lambda name: steps[name]) == step
 
 
@@ -110,7 +115,6 @@ def test_the_block_sizes_are_the_kernels() -> None:
         ("attention", "QUERY_BLOCK", plan.QUERY_BLOCK),
         ("attention", "KEY_BLOCK", plan.KEY_BLOCK),
         ("linear", "DECODE_VALUES", plan.DECODE_VALUES),
-        ("linear", "GATHER_TOKENS", plan.GATHER_TOKENS),
         ("delta", "CHUNK", plan.DELTA_CHUNK),
     ):
         assert getattr(importlib.import_module(f"qwenrun.kernels.ref.{module}"), name) == ours, name

@@ -1,0 +1,174 @@
+"""ExpertCache: a pool of slots in RAM over the expert files; what is asked for and has no slot is read into one.
+
+One thread, the engine's, asks; reads run beside it. A slot that is being read into, or whose expert is being
+computed, is pinned and stays. Knows no token and no weight: experts are keys, and records are bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+from torch import Tensor
+
+from qwenrun.engine.events import ExpertUse
+from qwenrun.engine.expert_store import ExpertStore
+from qwenrun.engine.slots import HALF_LIFE, SlotTable
+from qwenrun.kernels.weight import Weight
+from qwenrun.quant.packfile.reader import ExpertFile
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Counts since the engine was opened, as events.ExpertUse names them."""
+
+    lookups: int = 0
+    hits: int = 0
+    disk_bytes: int = 0
+    copied_bytes: int = 0
+    stall_seconds: float = 0.0
+    ahead: int = 0
+    ahead_used: int = 0
+    assisted: int = 0
+
+    def __add__(self, other: CacheStats) -> CacheStats:
+        return CacheStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: CacheStats) -> CacheStats:
+        return CacheStats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def since(self, earlier: CacheStats) -> ExpertUse:
+        """What was added after `earlier`."""
+        return ExpertUse(**asdict(self - earlier))
+
+
+class ExpertCache:
+    """Slots [S, record] uint8 in RAM for the experts of the layers in `files`, whose records have one size.
+
+    The key of an expert is the first key of its layer (`first[prefix]`) plus its number.
+    """
+
+    def __init__(
+        self, files: dict[str, ExpertFile], slots: Tensor, store: ExpertStore, half_life: float = HALF_LIFE
+    ) -> None:
+        self.files = files
+        self.first: dict[str, int] = {}
+        self._owner: list[tuple[str, int]] = []
+        for prefix, file in files.items():
+            self.first[prefix] = len(self._owner)
+            self._owner += [(prefix, expert) for expert in range(file.count)]
+        self.table = SlotTable(len(self._owner), slots.shape[0], half_life)
+        self.slots = slots
+        self.record = slots.shape[1]
+        self.stats = CacheStats()
+        self._bytes = memoryview(slots.numpy()).cast("B")
+        self._store = store
+        self._reads: dict[int, Future[None]] = {}
+        self._ahead: dict[str, set[int]] = {prefix: set() for prefix in files}
+
+    def counts(self) -> CacheStats:
+        """A copy of the counts so far."""
+        return replace(self.stats)
+
+    def used(self, keys: Iterable[int]) -> None:
+        """Nothing to remember: on a CPU a kernel is done when its call returns."""
+
+    def stacks(self, prefix: str) -> tuple[Weight, Weight]:
+        """gate_up and down of a layer as stacks over all slots: expert s is whatever lies in slot s."""
+        return self.files[prefix].stacks(self.slots)
+
+    def touch(self, keys: Sequence[int], counts: Sequence[int], now: float) -> None:
+        """At token `now`, counts[i] tokens chose keys[i]."""
+        for key, count in zip(keys, counts):
+            self.table.touch(key, count, now)
+
+    def ready(self, key: int) -> bool:
+        """Whether the expert is in its slot, whole."""
+        if self.table.slot_of[key] < 0:
+            return False
+        read = self._reads.get(key)
+        if read is None:
+            return True
+        if not read.done():
+            return False
+        self._landed(key, read)
+        return True
+
+    def lookup(self, keys: np.ndarray) -> np.ndarray | None:
+        """The slots of `keys`, if every one of them is ready; else None."""
+        slots = self.table.slot_of[keys]
+        if slots.min() < 0 or (self._reads and not all(self.ready(int(key)) for key in np.unique(keys))):
+            return None
+        return slots
+
+    def slots_of(self, keys: np.ndarray) -> np.ndarray:
+        """int64, as many as keys: where held experts lie."""
+        return self.table.slot_of[keys]
+
+    def hold(self, key: int) -> bool:
+        """Pin the expert's slot, until `release`; begin to read it if it has none. False if all slots are pinned."""
+        slot = int(self.table.slot_of[key])
+        if slot >= 0:
+            self.table.pin(slot)
+            return True
+        slot = self.table.claim(key)
+        if slot < 0:
+            return False
+        # A read holds a pin of its own: whoever asked may be gone (Ctrl-C) before the bytes are there.
+        self.table.pin(slot)
+        at = slot * self.record
+        self._reads[key] = self._store.read(*self._owner[key], self._bytes[at : at + self.record])
+        return True
+
+    def release(self, key: int) -> None:
+        """Give one `hold` back."""
+        slot = int(self.table.slot_of[key])
+        if slot >= 0:
+            self.table.unpin(slot)
+
+    def wait(self, keys: Iterable[int]) -> list[int]:
+        """Those of the held `keys` that are ready, after waiting for the first if none is. Raises what its read
+        raised; that expert then has no slot."""
+        keys = list(keys)
+        arrived = [key for key in keys if self.ready(key)]
+        if arrived or not keys:
+            return arrived
+        begun = time.perf_counter()
+        wait([self._reads[key] for key in keys], return_when=FIRST_COMPLETED)
+        self.stats.stall_seconds += time.perf_counter() - begun
+        return [key for key in keys if self.ready(key)]
+
+    def _landed(self, key: int, read: Future[None]) -> None:
+        del self._reads[key]
+        slot = int(self.table.slot_of[key])
+        error = read.exception()
+        if error is not None:
+            self.table.drop(key)
+            raise error
+        self.table.unpin(slot)
+        self.stats.disk_bytes += self.record
+
+    # -- reading ahead -----------------------------------------------------------------------------------------
+
+    def prefetch(self, prefix: str, experts: Iterable[int], limit: int) -> None:
+        """Begin to read those of a layer's experts that have no slot, with at most `limit` reads under way; they
+        stay until `forget_ahead`."""
+        for expert in experts:
+            key = self.first[prefix] + expert
+            if len(self._reads) >= limit:
+                return
+            if self.table.slot_of[key] < 0 and self.hold(key):
+                self._ahead[prefix].add(key)
+                self.stats.ahead += 1
+
+    def forget_ahead(self, prefix: str, used: Iterable[int]) -> None:
+        """The layer has been computed, with `used`: what was read ahead for it is like any other expert now."""
+        ahead = self._ahead[prefix]
+        if ahead:
+            self.stats.ahead_used += len(ahead.intersection(used))
+            for key in ahead:
+                self.release(key)
+            ahead.clear()

@@ -1,0 +1,208 @@
+"""RoutedExperts: one layer's routed experts computed out of the cache, the resident ones while others are on the way.
+
+The kernel is given the cache's slots as its stack of experts, and the numbers of slots in place of the numbers
+of experts. The weighted rows of all pairs of token and expert are added in the router's order at the end, so the
+result is the same bits whatever was resident. Knows no file and no thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwenrun.engine.expert_cache import CacheStats, ExpertCache
+from qwenrun.kernels.ops import bind
+from qwenrun.kernels.weight import Weight
+from qwenrun.plan.planner import WINDOW
+
+
+class Cache(Protocol):
+    """What ExpertCache and DeviceCache have in common."""
+
+    first: dict[str, int]
+    stats: CacheStats
+
+    def stacks(self, prefix: str) -> tuple[Weight, Weight]: ...
+    def touch(self, keys: list[int], counts: list[int], now: float) -> None: ...
+    def ready(self, key: int) -> bool: ...
+    def lookup(self, keys: np.ndarray) -> np.ndarray | None: ...
+    def used(self, keys: Iterable[int]) -> None: ...
+    def hold(self, key: int) -> bool: ...
+    def release(self, key: int) -> None: ...
+    def wait(self, keys: Iterable[int]) -> list[int]: ...
+    def slots_of(self, keys: np.ndarray) -> np.ndarray: ...
+    def prefetch(self, prefix: str, experts: Iterable[int], limit: int) -> None: ...
+    def forget_ahead(self, prefix: str, used: Iterable[int]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Assist:
+    """The CPU beside a GPU: computes missing experts where they lie in RAM, if that is sooner than copying them.
+
+    cpu, link: bytes of experts per second that the CPU computes, and that reach the device; measured.
+    """
+
+    host: ExpertCache
+    cpu: float
+    link: float
+
+    def share(self, missing: int) -> int:
+        """How many of `missing` experts in RAM the CPU takes, so that it is done when the last copy arrives."""
+        if self.cpu <= 0:
+            return 0
+        times = [(max(n / self.cpu, (missing - n) / self.link), n) for n in range(missing + 1)]
+        return min(times)[1]
+
+
+class RoutedExperts:
+    """The routed experts of the layer `prefix`: a callable as `model.moe` wants it."""
+
+    def __init__(self, prefix: str, cache: Cache, device: torch.device, assist: Assist | None = None) -> None:
+        self._prefix, self._cache, self._device = prefix, cache, device
+        self._first = cache.first[prefix]
+        self._stack = cache.stacks(prefix)
+        self._op = bind("experts", device.type, self._stack[0].spec)
+        self._assist = assist
+        if assist is not None:
+            self._host_stack = assist.host.stacks(prefix)
+            self._host_op = bind("experts", "cpu", self._host_stack[0].spec)
+        self._tokens = 0
+        # Called with the chosen experts, numpy int64 [T, k], if somebody records routes.
+        self.trace: Callable[[np.ndarray], None] | None = None
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """x f32 [T, H], index i64 [T, k], weight f32 [T, k] -> the weighted sum, f32 [T, H]."""
+        cache = self._cache
+        chosen = index.cpu().numpy()
+        if self.trace is not None:
+            self.trace(chosen)
+        wanted = chosen + self._first
+        unique, counts = np.unique(wanted, return_counts=True)
+        keys = unique.tolist()
+        self._tokens += len(chosen)
+        cache.touch(keys, counts.tolist(), self._tokens)
+        cache.stats.lookups += len(keys)
+        slots = cache.lookup(wanted)
+        if slots is not None:
+            cache.stats.hits += len(keys)
+            out = self._op(x, *self._stack, torch.from_numpy(slots).to(self._device), weight)
+            cache.used(keys)
+        else:
+            out = _Pass(self, x, wanted, weight).run(keys)
+        cache.forget_ahead(self._prefix, keys)
+        return out
+
+
+class _Pass:
+    """One call some of whose experts are not there."""
+
+    def __init__(self, layer: RoutedExperts, x: Tensor, wanted: np.ndarray, weight: Tensor) -> None:
+        self.layer, self.cache = layer, layer._cache
+        self.x, self.shape = x, wanted.shape
+        self.flat = wanted.ravel()
+        self.weight = weight.reshape(-1, 1)
+        # The pairs of token and expert, those of one expert together.
+        self.order = np.argsort(self.flat, kind="stable")
+        self.sorted = self.flat[self.order]
+        self.rows = torch.empty(len(self.flat), x.shape[1], dtype=torch.float32, device=x.device)
+        self.held: set[int] = set()
+        self.lent: set[int] = set()
+
+    def run(self, keys: list[int]) -> Tensor:
+        cache = self.cache
+        hits = [key for key in keys if cache.ready(key)]
+        cache.stats.hits += len(hits)
+        here = set(hits)
+        missing = [key for key in keys if key not in here]
+        try:
+            for key in hits:
+                cache.hold(key)
+                self.held.add(key)
+            helped = self._helped(missing)
+            queue = deque(key for key in missing if key not in helped)
+            flying: set[int] = set()
+            self._feed(queue, flying)
+            self._compute(hits)
+            if helped:
+                self._compute_on_cpu(helped)
+            while queue or flying:
+                self._feed(queue, flying)
+                if not flying:
+                    # Every slot is pinned by what was read ahead for other layers: rare, and it is let go.
+                    for prefix in cache.first:
+                        cache.forget_ahead(prefix, ())
+                    self._feed(queue, flying)
+                    if not flying:
+                        raise RuntimeError("no slot for an expert: all are pinned")
+                arrived = cache.wait(flying)
+                self._compute(arrived)
+                flying.difference_update(arrived)
+        finally:
+            for key in self.held:
+                cache.release(key)
+            for key in self.lent:
+                self.layer._assist.host.release(key)  # type: ignore[union-attr]
+        return self._sum()
+
+    def _feed(self, queue: deque[int], flying: set[int]) -> None:
+        while queue and len(flying) < WINDOW and self.cache.hold(queue[0]):
+            self.held.add(queue[0])
+            flying.add(queue.popleft())
+
+    def _pairs(self, keys: list[int]) -> np.ndarray:
+        """The numbers of all pairs of these experts."""
+        starts = np.searchsorted(self.sorted, keys, "left")
+        ends = np.searchsorted(self.sorted, keys, "right")
+        return np.concatenate([self.order[a:b] for a, b in zip(starts, ends)])
+
+    def _compute(self, keys: list[int]) -> None:
+        """The rows of these experts, which are there and held; then they are let go."""
+        if not keys:
+            return
+        pairs = self._pairs(keys)
+        slots = torch.from_numpy(self.cache.slots_of(self.flat[pairs])).to(self.x.device)
+        at = torch.from_numpy(pairs).to(self.x.device)
+        x = self.x[at // self.shape[1]]
+        self.rows[at] = self.layer._op(x, *self.layer._stack, slots[:, None], self.weight[at])
+        self.cache.used(keys)
+        for key in keys:
+            self.held.discard(key)
+            self.cache.release(key)
+
+    def _helped(self, missing: list[int]) -> set[int]:
+        """The missing experts that the CPU takes: of those in RAM, the last ones."""
+        assist = self.layer._assist
+        if assist is None:
+            return set()
+        there = [key for key in missing if assist.host.ready(key)]
+        count = assist.share(len(there))
+        taken = set(there[len(there) - count :])
+        for key in taken:
+            # Reads for the other experts must not take their slots meanwhile.
+            assist.host.hold(key)
+            self.lent.add(key)
+        return taken
+
+    def _compute_on_cpu(self, keys: set[int]) -> None:
+        assist = self.layer._assist
+        assert assist is not None
+        pairs = self._pairs(sorted(keys))
+        slots = torch.from_numpy(assist.host.slots_of(self.flat[pairs]))
+        at = torch.from_numpy(pairs).to(self.x.device)
+        x, weight = self.x[at // self.shape[1]].cpu(), self.weight[at].cpu()
+        made = self.layer._host_op(x, *self.layer._host_stack, slots[:, None], weight)
+        self.rows[at] = made.to(self.x.device)
+        self.cache.stats.assisted += len(keys)
+
+    def _sum(self) -> Tensor:
+        rows = self.rows.view(*self.shape, -1)
+        out = rows[:, 0].clone()
+        for j in range(1, self.shape[1]):
+            out += rows[:, j]
+        return out
