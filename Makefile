@@ -27,7 +27,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with everything the other targets need
 
-$(STAMP): pyproject.toml Makefile
+$(STAMP): pyproject.toml Makefile setup.py $(wildcard kernels/cpu/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: qwenrun needs Python 3.11 or newer, $(PYTHON) is older" >&2; \

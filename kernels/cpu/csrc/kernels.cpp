@@ -1,0 +1,588 @@
+// Products with encoded matrices on a CPU: int4, int8 and e2m1 codes against activations rounded to int8 block by
+// block, bf16 against float32. The weights are read once, as a pack stores them; sums of a block are integers, and
+// one fused multiply-add a block applies the two scales. A row of activations gives the same bits whatever other
+// rows are in the call. Knows no file, no Python object and no torch.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#endif
+
+namespace {
+
+enum Codes : int32_t { INT4 = 0, INT8 = 1, E2M1 = 2, BF16 = 3 };
+enum Scale : int32_t { F16 = 0, E4M3 = 1 };
+
+}  // namespace
+
+// A matrix [rows, cols], or the first of a stack whose parts are `*_step` bytes apart. Mirrored in __init__.py.
+struct Matrix {
+    const uint8_t *codes, *scales, *zeros;
+    const float *tensor_scale;
+    int64_t rows, cols, block, tensor_scales;
+    int64_t codes_step, scales_step, zeros_step, tensor_step;
+    int32_t kind, scale;
+};
+
+namespace {
+
+bool has_avx2() {
+#if defined(__x86_64__)
+    static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                            __builtin_cpu_supports("f16c");
+    return has;
+#else
+    return false;
+#endif
+}
+
+// Rows of activations as the kernels read them. For quantized weights: codes int8 [rows, cols], in every run of
+// `run` values the even ones before the odd ones (as nibbles lie in bytes), scales float [rows, blocks], and
+// scale x sum of codes of each block. For bf16 weights only the float rows.
+struct Acts {
+    const float *values = nullptr;
+    int64_t cols = 0, blocks = 0;
+    std::unique_ptr<int8_t[]> codes;
+    std::unique_ptr<float[]> scales, sums;
+    const int8_t *q(int64_t row) const { return codes.get() + row * cols; }
+    const float *s(int64_t row) const { return scales.get() + row * blocks; }
+    const float *m(int64_t row) const { return sums.get() + row * blocks; }
+    const float *x(int64_t row) const { return values + row * cols; }
+};
+
+int64_t run_length(const Matrix &w) { return w.cols % 64 == 0 ? 64 : 2; }
+
+void quantize_row(const Matrix &w, const float *x, int8_t *q, float *scales, float *sums) {
+    const int64_t block = w.block, run = w.kind == INT8 ? 1 : run_length(w);
+    for (int64_t b = 0; b < w.cols / block; ++b) {
+        const float *v = x + b * block;
+        float most = 0.0f;
+        for (int64_t i = 0; i < block; ++i) most = std::max(most, std::fabs(v[i]));
+        // Not a number stays not a number: a maximum would hide it.
+        float probe = 0.0f;
+        for (int64_t i = 0; i < block; ++i) probe += v[i] * 0.0f;
+        const float scale = most / 127.0f + probe, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < block; ++i) {
+            const float code = std::nearbyint(std::isfinite(inverse) ? v[i] * inverse : 0.0f);
+            const int8_t c = code >= -127.0f && code <= 127.0f ? static_cast<int8_t>(code) : 0;
+            sum += c;
+            const int64_t at = b * block + i;
+            if (run == 1) {
+                q[at] = c;
+            } else {
+                const int64_t base = at / run * run, in = at - base;
+                q[base + (in & 1) * (run / 2) + in / 2] = c;
+            }
+        }
+        scales[b] = scale;
+        sums[b] = scale * static_cast<float>(sum);
+    }
+}
+
+#if defined(__x86_64__)
+// The same, for blocks that are whole vectors; rounding is to even in both.
+AVX2 void quantize_row_avx2(const Matrix &w, const float *x, int8_t *q, float *scales, float *sums) {
+    const int64_t block = w.block;
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    alignas(32) int8_t plain[64];
+    for (int64_t start = 0; start < w.cols; start += 64) {
+        for (int64_t part = 0; part < 64; part += std::min<int64_t>(block, 64)) {
+            const int64_t at = start + part, b = at / block;
+            if (at % block == 0) {
+                __m256 most = _mm256_setzero_ps(), probe = _mm256_setzero_ps();
+                for (int64_t i = 0; i < block; i += 8) {
+                    const __m256 v = _mm256_loadu_ps(x + at + i);
+                    most = _mm256_max_ps(most, _mm256_and_ps(v, magnitude));
+                    probe = _mm256_add_ps(probe, _mm256_mul_ps(v, _mm256_setzero_ps()));
+                }
+                alignas(32) float m[8], p[8];
+                _mm256_store_ps(m, most);
+                _mm256_store_ps(p, probe);
+                float largest = 0.0f, odd = 0.0f;
+                for (int i = 0; i < 8; ++i) largest = std::max(largest, m[i]), odd += p[i];
+                scales[b] = largest / 127.0f + odd;
+                sums[b] = 0.0f;
+            }
+            const float inverse = scales[b] > 0.0f && std::isfinite(1.0f / scales[b]) ? 1.0f / scales[b] : 0.0f;
+            const __m256 by = _mm256_set1_ps(inverse);
+            __m256i sum = _mm256_setzero_si256();
+            for (int64_t i = 0; i < std::min<int64_t>(block, 64); i += 8) {
+                __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + at + i), by);
+                const __m256i c = _mm256_cvtps_epi32(v);
+                sum = _mm256_add_epi32(sum, c);
+                const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+                _mm_storel_epi64(reinterpret_cast<__m128i *>(plain + part + i), _mm_packs_epi16(half, half));
+            }
+            alignas(32) int32_t lanes[8];
+            _mm256_store_si256(reinterpret_cast<__m256i *>(lanes), sum);
+            int32_t total = 0;
+            for (int lane : lanes) total += lane;
+            sums[b] += scales[b] * static_cast<float>(total);
+        }
+        if (w.kind == INT8) {
+            std::memcpy(q + start, plain, 64);
+        } else {
+            const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8,
+                                                   10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+            // Even values of 16 in the low half of each lane; then the halves are put side by side.
+            __m256i a = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<__m256i *>(plain)), order);
+            __m256i b = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<__m256i *>(plain + 32)), order);
+            a = _mm256_permute4x64_epi64(a, 0xD8);
+            b = _mm256_permute4x64_epi64(b, 0xD8);
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(q + start), _mm256_permute2x128_si256(a, b, 0x20));
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(q + start + 32), _mm256_permute2x128_si256(a, b, 0x31));
+        }
+    }
+}
+#endif
+
+bool whole_vectors(const Matrix &w) {
+    if (w.kind == BF16) return w.cols % 16 == 0;
+    if (w.cols % 64) return false;
+    if (w.kind == E2M1) return w.block == 16;
+    return w.block == 32 || w.block % 64 == 0;
+}
+
+bool fast(const Matrix &w) { return has_avx2() && whole_vectors(w); }
+
+Acts prepare(const Matrix &w, const float *x, int64_t rows) {
+    Acts acts;
+    acts.values = x;
+    acts.cols = w.cols;
+    if (w.kind == BF16) return acts;
+    acts.blocks = w.cols / w.block;
+    acts.codes.reset(new int8_t[rows * w.cols]);
+    acts.scales.reset(new float[rows * acts.blocks]);
+    acts.sums.reset(new float[rows * acts.blocks]);
+    auto one = [&](int64_t row) {
+        int8_t *q = acts.codes.get() + row * w.cols;
+        float *s = acts.scales.get() + row * acts.blocks, *m = acts.sums.get() + row * acts.blocks;
+#if defined(__x86_64__)
+        if (fast(w)) return quantize_row_avx2(w, x + row * w.cols, q, s, m);
+#endif
+        quantize_row(w, x + row * w.cols, q, s, m);
+    };
+    if (rows < 4) {
+        for (int64_t row = 0; row < rows; ++row) one(row);
+    } else {
+        Pool::get().each(rows, one);
+    }
+    return acts;
+}
+
+float half_to_float(uint16_t h) {
+    const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3FFu;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(static_cast<float>(mantissa), -24);
+    const uint32_t bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | mantissa << 13;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+float e4m3_to_float(uint8_t e) {
+    if ((e & 127) == 127) return NAN;
+    const int exponent = (e >> 3) & 15, mantissa = e & 7;
+    const float value = exponent ? std::ldexp(1.0f + mantissa / 8.0f, exponent - 7) : std::ldexp(1.0f * mantissa, -9);
+    return e & 128 ? -value : value;
+}
+
+constexpr int8_t DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// One row's scales as floats, and each times what its codes are too large by: 8, the zero point, 12 (e2m1 doubled).
+struct RowScales {
+    std::vector<float> scale, offset;
+};
+
+int64_t step_of(int64_t blocks) { return (blocks + 15) / 16 * 16; }
+
+void row_scales_plain(const Matrix &w, const uint8_t *scales, const uint8_t *zeros, int64_t blocks, RowScales &out) {
+    for (int64_t b = 0; b < blocks; ++b) {
+        uint16_t half = 0;
+        if (w.scale == F16) std::memcpy(&half, scales + 2 * b, 2);
+        const float s = w.scale == F16 ? half_to_float(half) : e4m3_to_float(scales[b]);
+        const float less = w.kind == INT4 ? (zeros ? (zeros[b / 2] >> (b % 2 * 4)) & 15 : 8) : w.kind == E2M1 ? 12 : 0;
+        out.scale[b] = s;
+        out.offset[b] = s * less;
+    }
+}
+
+#if defined(__x86_64__)
+AVX2 void row_scales_avx2(const Matrix &w, const uint8_t *scales, const uint8_t *zeros, int64_t blocks, RowScales &out) {
+    int64_t b = 0;
+    const __m256 constant = _mm256_set1_ps(w.kind == INT4 ? 8.0f : 12.0f);
+    for (; b + 8 <= blocks; b += 8) {
+        __m256 s;
+        if (w.scale == F16) {
+            s = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 2 * b)));
+        } else {
+            // The bits of an E4M3 number, moved to a float's exponent and mantissa, are 2^-120 of it.
+            const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(scales + b));
+            const __m256i wide = _mm256_cvtepu8_epi32(raw);
+            const __m256i body = _mm256_slli_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(127)), 20);
+            const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(128)), 24);
+            s = _mm256_mul_ps(_mm256_castsi256_ps(body), _mm256_set1_ps(0x1p120f));
+            const __m256i nan = _mm256_cmpeq_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(127)),
+                                                   _mm256_set1_epi32(127));
+            s = _mm256_or_ps(_mm256_or_ps(s, _mm256_castsi256_ps(sign)), _mm256_castsi256_ps(nan));
+        }
+        __m256 less = constant;
+        if (zeros) {
+            uint32_t packed;
+            std::memcpy(&packed, zeros + b / 2, 4);
+            const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+            const __m256i each = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(packed)), shifts);
+            less = _mm256_cvtepi32_ps(_mm256_and_si256(each, _mm256_set1_epi32(15)));
+        }
+        _mm256_storeu_ps(out.scale.data() + b, s);
+        _mm256_storeu_ps(out.offset.data() + b, _mm256_mul_ps(s, less));
+    }
+    if (b < blocks) {
+        RowScales rest{std::vector<float>(blocks - b), std::vector<float>(blocks - b)};
+        row_scales_plain(w, scales + (w.scale == F16 ? 2 * b : b), zeros ? zeros + b / 2 : nullptr, blocks - b, rest);
+        std::copy(rest.scale.begin(), rest.scale.end(), out.scale.begin() + b);
+        std::copy(rest.offset.begin(), rest.offset.end(), out.offset.begin() + b);
+    }
+}
+
+AVX2 inline float sum8(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+AVX2 inline float dot(const float *a, const float *b, int64_t n) {
+    __m256 sum = _mm256_setzero_ps();
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sum);
+    float out = sum8(sum);
+    for (; i < n; ++i) out += a[i] * b[i];
+    return out;
+}
+
+// One row of 4-bit codes times N rows of activations.
+template <int N>
+AVX2 void nibbles_avx2(const Matrix &w, const uint8_t *codes, const RowScales &rs, const Acts &acts,
+                       const int64_t *rows, float *out) {
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const __m256i values = _mm256_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0, 12, 13, 14, 15,
+                                            16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    const __m256i pairs = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    const bool floats = w.kind == E2M1;
+    const int64_t block = w.block, chunks = w.cols / 64;
+    __m256 acc[N];
+    const int8_t *q[N];
+    const float *s[N];
+    for (int n = 0; n < N; ++n) {
+        acc[n] = _mm256_setzero_ps();
+        q[n] = acts.q(rows[n]);
+        s[n] = acts.s(rows[n]);
+    }
+    const float *scale = rs.scale.data();
+    if (block <= 32) {
+        for (int64_t c = 0; c < chunks; ++c) {
+            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + 32 * c));
+            __m256i lo = _mm256_and_si256(v, low), hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+            if (floats) lo = _mm256_shuffle_epi8(values, lo), hi = _mm256_shuffle_epi8(values, hi);
+            for (int n = 0; n < N; ++n) {
+                const __m256i e = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q[n] + 64 * c));
+                const __m256i o = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q[n] + 64 * c + 32));
+                const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(lo, e), _mm256_maddubs_epi16(hi, o));
+                __m256 both;
+                if (block == 16) {
+                    const __m128 four = _mm_mul_ps(_mm_loadu_ps(scale + 4 * c), _mm_loadu_ps(s[n] + 4 * c));
+                    both = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(four), pairs);
+                } else {
+                    both = _mm256_set_m128(_mm_set1_ps(scale[2 * c + 1] * s[n][2 * c + 1]),
+                                           _mm_set1_ps(scale[2 * c] * s[n][2 * c]));
+                }
+                acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(p, ones)), both, acc[n]);
+            }
+        }
+    } else {
+        const int64_t per = block / 64;
+        for (int64_t b = 0; b < w.cols / block; ++b) {
+            __m256i sum[N];
+            for (int n = 0; n < N; ++n) sum[n] = _mm256_setzero_si256();
+            for (int64_t c = b * per; c < (b + 1) * per; ++c) {
+                const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + 32 * c));
+                const __m256i lo = _mm256_and_si256(v, low), hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+                for (int n = 0; n < N; ++n) {
+                    const __m256i e = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q[n] + 64 * c));
+                    const __m256i o = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q[n] + 64 * c + 32));
+                    const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(lo, e), _mm256_maddubs_epi16(hi, o));
+                    sum[n] = _mm256_add_epi32(sum[n], _mm256_madd_epi16(p, ones));
+                }
+            }
+            for (int n = 0; n < N; ++n)
+                acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n]), _mm256_set1_ps(scale[b] * s[n][b]), acc[n]);
+        }
+    }
+    for (int n = 0; n < N; ++n) {
+        const float result = sum8(acc[n]) - dot(rs.offset.data(), acts.m(rows[n]), acts.blocks);
+        out[n] = floats ? 0.5f * result : result;
+    }
+}
+
+template <int N>
+AVX2 void bytes_avx2(const Matrix &w, const uint8_t *codes, const RowScales &rs, const Acts &acts, const int64_t *rows,
+                     float *out) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256 acc[N];
+    for (int n = 0; n < N; ++n) acc[n] = _mm256_setzero_ps();
+    const int64_t per = w.block / 32;
+    for (int64_t b = 0; b < w.cols / w.block; ++b) {
+        __m256i sum[N];
+        for (int n = 0; n < N; ++n) sum[n] = _mm256_setzero_si256();
+        for (int64_t c = b * per; c < (b + 1) * per; ++c) {
+            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + 32 * c));
+            const __m256i size = _mm256_abs_epi8(v);
+            for (int n = 0; n < N; ++n) {
+                const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(acts.q(rows[n]) + 32 * c));
+                const __m256i p = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, v));
+                sum[n] = _mm256_add_epi32(sum[n], _mm256_madd_epi16(p, ones));
+            }
+        }
+        for (int n = 0; n < N; ++n)
+            acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n]), _mm256_set1_ps(rs.scale[b] * acts.s(rows[n])[b]),
+                                     acc[n]);
+    }
+    for (int n = 0; n < N; ++n) out[n] = sum8(acc[n]);
+}
+
+template <int N>
+AVX2 void bf16_avx2(const Matrix &w, const uint8_t *codes, const Acts &acts, const int64_t *rows, float *out) {
+    __m256 a[N], b[N];
+    for (int n = 0; n < N; ++n) a[n] = b[n] = _mm256_setzero_ps();
+    const uint16_t *v = reinterpret_cast<const uint16_t *>(codes);
+    for (int64_t i = 0; i < w.cols; i += 16) {
+        const __m128i *at = reinterpret_cast<const __m128i *>(v + i);
+        const __m256 x = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at)), 16));
+        const __m256 y = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at + 1)), 16));
+        for (int n = 0; n < N; ++n) {
+            a[n] = _mm256_fmadd_ps(x, _mm256_loadu_ps(acts.x(rows[n]) + i), a[n]);
+            b[n] = _mm256_fmadd_ps(y, _mm256_loadu_ps(acts.x(rows[n]) + i + 8), b[n]);
+        }
+    }
+    for (int n = 0; n < N; ++n) out[n] = sum8(_mm256_add_ps(a[n], b[n]));
+}
+
+template <int N>
+AVX2 void row_avx2(const Matrix &w, const uint8_t *codes, const RowScales &rs, const Acts &acts, const int64_t *rows,
+                   float *out) {
+    if (w.kind == BF16) bf16_avx2<N>(w, codes, acts, rows, out);
+    else if (w.kind == INT8) bytes_avx2<N>(w, codes, rs, acts, rows, out);
+    else nibbles_avx2<N>(w, codes, rs, acts, rows, out);
+}
+#endif
+
+// Any shape, any processor: the same integers, summed one by one.
+float row_plain(const Matrix &w, const uint8_t *codes, const RowScales &rs, const Acts &acts, int64_t row) {
+    if (w.kind == BF16) {
+        double sum = 0.0;
+        for (int64_t i = 0; i < w.cols; ++i) {
+            uint16_t half;
+            std::memcpy(&half, codes + 2 * i, 2);
+            const uint32_t bits = static_cast<uint32_t>(half) << 16;
+            float value;
+            std::memcpy(&value, &bits, 4);
+            sum += static_cast<double>(value) * acts.x(row)[i];
+        }
+        return static_cast<float>(sum);
+    }
+    const int8_t *q = acts.q(row);
+    const int64_t run = w.kind == INT8 ? 1 : run_length(w);
+    float out = 0.0f;
+    for (int64_t b = 0; b < w.cols / w.block; ++b) {
+        int32_t sum = 0;
+        for (int64_t at = b * w.block; at < (b + 1) * w.block; ++at) {
+            int32_t code;
+            if (w.kind == INT8) {
+                code = static_cast<int8_t>(codes[at]);
+            } else {
+                const int nibble = (codes[at / 2] >> (at % 2 * 4)) & 15;
+                code = w.kind == E2M1 ? DOUBLED[nibble] + 12 : nibble;
+            }
+            const int64_t base = at / run * run, in = at - base;
+            sum += code * q[run == 1 ? at : base + (in & 1) * (run / 2) + in / 2];
+        }
+        out += rs.scale[b] * acts.s(row)[b] * static_cast<float>(sum) - rs.offset[b] * acts.m(row)[b];
+    }
+    return w.kind == E2M1 ? 0.5f * out : out;
+}
+
+// A matrix out of a stack.
+Matrix nth(const Matrix &stack, int64_t index) {
+    Matrix w = stack;
+    w.codes += index * stack.codes_step;
+    if (w.scales) w.scales += index * stack.scales_step;
+    if (w.zeros) w.zeros += index * stack.zeros_step;
+    if (w.tensor_scale)
+        w.tensor_scale = reinterpret_cast<const float *>(reinterpret_cast<const uint8_t *>(w.tensor_scale) +
+                                                         index * stack.tensor_step);
+    return w;
+}
+
+int64_t row_bytes(const Matrix &w) { return w.kind == BF16 ? 2 * w.cols : w.kind == INT8 ? w.cols : w.cols / 2; }
+
+// Row `r` of a matrix times the activation rows `rows[0..count)`: out[0..count).
+void row_times(const Matrix &w, int64_t r, const Acts &acts, const int64_t *rows, int64_t count, float *out,
+               RowScales &rs) {
+    const uint8_t *codes = w.codes + r * row_bytes(w);
+    const bool quick = fast(w);
+    if (w.kind != BF16) {
+        const int64_t blocks = w.cols / w.block;
+        const uint8_t *scales = w.scales + r * blocks * (w.scale == F16 ? 2 : 1);
+        const uint8_t *zeros = w.zeros ? w.zeros + r * ((blocks + 1) / 2) : nullptr;
+        if (static_cast<int64_t>(rs.scale.size()) < step_of(blocks)) {
+            rs.scale.resize(step_of(blocks));
+            rs.offset.resize(step_of(blocks));
+        }
+#if defined(__x86_64__)
+        if (quick) row_scales_avx2(w, scales, zeros, blocks, rs);
+        else
+#endif
+            row_scales_plain(w, scales, zeros, blocks, rs);
+    }
+    int64_t n = 0;
+#if defined(__x86_64__)
+    if (quick) {
+        for (; n + 4 <= count; n += 4) row_avx2<4>(w, codes, rs, acts, rows + n, out + n);
+        for (; n < count; ++n) row_avx2<1>(w, codes, rs, acts, rows + n, out + n);
+    }
+#endif
+    for (; n < count; ++n) out[n] = row_plain(w, codes, rs, acts, rows[n]);
+    if (w.tensor_scale) {
+        const float by = w.tensor_scale[r * w.tensor_scales / w.rows];
+        for (int64_t i = 0; i < count; ++i) out[i] *= by;
+    }
+}
+
+RowScales &scratch() {
+    thread_local RowScales own;
+    return own;
+}
+
+// Activation rows that are multiplied at a time: few enough to stay in the second cache.
+constexpr int64_t TOKENS = 32;
+
+int64_t rows_per_task(int64_t rows, int64_t jobs) {
+    const int64_t wanted = rows * jobs / (Pool::get().threads() * 6);
+    return std::min<int64_t>(std::max<int64_t>(wanted, 8), 256);
+}
+
+// A piece of work: rows first..last of matrix `group`.
+struct Piece {
+    int64_t group, first, last;
+};
+
+std::vector<Piece> cut(int64_t rows, int64_t groups) {
+    const int64_t step = rows_per_task(rows, groups);
+    std::vector<Piece> out;
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t r = 0; r < rows; r += step) out.push_back({g, r, std::min(rows, r + step)});
+    return out;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The version of this interface; __init__.py asks for the one it was written for.
+int32_t qwenrun_cpu_version() { return 1; }
+int32_t qwenrun_cpu_avx2() { return has_avx2(); }
+int32_t qwenrun_cpu_threads() { return Pool::get().threads(); }
+
+// y float [tokens, rows] = x float [tokens, cols] times w transposed.
+void qwenrun_cpu_linear(const Matrix *w, const float *x, int64_t tokens, float *y) {
+    const Acts acts = prepare(*w, x, tokens);
+    std::vector<int64_t> all(tokens);
+    std::iota(all.begin(), all.end(), 0);
+    const std::vector<Piece> pieces = cut(w->rows, 1);
+    Pool::get().each(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+        float out[TOKENS];
+        for (int64_t t = 0; t < tokens; t += TOKENS) {
+            const int64_t count = std::min(TOKENS, tokens - t);
+            for (int64_t r = pieces[i].first; r < pieces[i].last; ++r) {
+                row_times(*w, r, acts, all.data() + t, count, out, scratch());
+                for (int64_t n = 0; n < count; ++n) y[(t + n) * w->rows + r] = out[n];
+            }
+        }
+    });
+}
+
+// out float [tokens, hidden]: for each token the sum over its k experts, in order, of weight x down(silu(gate x) *
+// up x). gate_up and down are stacks; index int64 [tokens, k] says which of them, and none but those is read.
+void qwenrun_cpu_experts(const Matrix *gate_up, const Matrix *down, const float *x, int64_t tokens, int64_t k,
+                         const int64_t *index, const float *weight, float *out) {
+    const int64_t pairs = tokens * k, inner = down->cols, hidden = down->rows;
+    std::vector<int64_t> order(pairs);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return index[a] < index[b]; });
+    std::vector<int64_t> starts, owners(pairs);
+    for (int64_t p = 0; p < pairs; ++p) {
+        if (p == 0 || index[order[p]] != index[order[p - 1]]) starts.push_back(p);
+        owners[p] = order[p] / k;
+    }
+    const int64_t groups = static_cast<int64_t>(starts.size());
+    starts.push_back(pairs);
+
+    const Acts acts = prepare(*gate_up, x, tokens);
+    std::unique_ptr<float[]> middle(new float[pairs * inner]);
+    std::vector<Piece> pieces = cut(inner, groups);
+    Pool::get().each(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+        const Piece piece = pieces[i];
+        const Matrix w = nth(*gate_up, index[order[starts[piece.group]]]);
+        float gate[TOKENS], up[TOKENS];
+        for (int64_t p = starts[piece.group]; p < starts[piece.group + 1]; p += TOKENS) {
+            const int64_t count = std::min(TOKENS, starts[piece.group + 1] - p);
+            for (int64_t r = piece.first; r < piece.last; ++r) {
+                row_times(w, r, acts, owners.data() + p, count, gate, scratch());
+                row_times(w, r + inner, acts, owners.data() + p, count, up, scratch());
+                for (int64_t n = 0; n < count; ++n)
+                    middle[(p + n) * inner + r] = gate[n] / (1.0f + std::exp(-gate[n])) * up[n];
+            }
+        }
+    });
+
+    const Acts between = prepare(*down, middle.get(), pairs);
+    std::vector<int64_t> all(pairs);
+    std::iota(all.begin(), all.end(), 0);
+    std::unique_ptr<float[]> made(new float[pairs * hidden]);
+    pieces = cut(hidden, groups);
+    Pool::get().each(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+        const Piece piece = pieces[i];
+        const Matrix w = nth(*down, index[order[starts[piece.group]]]);
+        float row[TOKENS];
+        for (int64_t p = starts[piece.group]; p < starts[piece.group + 1]; p += TOKENS) {
+            const int64_t count = std::min(TOKENS, starts[piece.group + 1] - p);
+            for (int64_t r = piece.first; r < piece.last; ++r) {
+                row_times(w, r, between, all.data() + p, count, row, scratch());
+                for (int64_t n = 0; n < count; ++n)
+                    made[order[p + n] * hidden + r] = row[n] * weight[order[p + n]];
+            }
+        }
+    });
+    auto add = [&](int64_t t) {
+        float *to = out + t * hidden;
+        const float *from = made.get() + t * k * hidden;
+        std::copy(from, from + hidden, to);
+        for (int64_t j = 1; j < k; ++j)
+            for (int64_t i = 0; i < hidden; ++i) to[i] += from[j * hidden + i];
+    };
+    if (tokens < 4) {
+        for (int64_t t = 0; t < tokens; ++t) add(t);
+    } else {
+        Pool::get().each(tokens, add);
+    }
+}
+}
