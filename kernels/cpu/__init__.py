@@ -1,7 +1,7 @@
 """The CPU backend: products with encoded matrices in C++, behind a plain C interface loaded with ctypes.
 
 int4, int8 and NVFP4 weights are multiplied with activations rounded to int8 block by block (8 bits a value, a scale
-a block), bf16 weights with float32 activations. Only `linear` and `experts`: the reference serves the rest. Without
+a block), bf16 weights with float32 activations. Only `linear`, `experts` and `router`: the reference serves the rest. Without
 the library (no compiler when it was installed) the backend refuses, and the reference serves everything.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwenrun.kernels import ref
 from qwenrun.kernels.dispatch import Backend
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
@@ -63,6 +64,8 @@ def _refuses(op: str, spec: BlockSpec | None) -> str:
         return lib
     if not lib.qwenrun_cpu_avx2():
         return "needs AVX2, FMA and F16C to be faster than the reference"
+    if op == "router":
+        return ""
     if spec is None or spec.codes not in _CODES:
         return f"has no {op} for {spec.codes if spec else 'matrices without a format'}"
     if spec.scale not in _SCALES:
@@ -126,6 +129,15 @@ def linear(x: Tensor, w: Weight) -> Tensor:
     out = torch.empty(rows.shape[0], w.rows, dtype=torch.float32)
     library().qwenrun_cpu_linear(ctypes.byref(_described(w)), rows.data_ptr(), rows.shape[0], out.data_ptr())  # type: ignore[union-attr]
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `qwenrun.kernels.ops.router`. A gate that is not BF16 is the reference's."""
+    if gate.dtype != torch.bfloat16:
+        return ref.router(x, gate, k)
+    probabilities = linear(_float_rows(x), Weight.plain(gate)).softmax(-1)
+    weight, index = probabilities.topk(k, dim=-1)
+    return index, weight / weight.sum(-1, keepdim=True)
 
 
 def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class Engine:
         ram: int | None = None,
         vram: int | None = None,
         prefetch: bool = True,
+        direct: bool | None = None,
     ) -> Engine:
         """Open a pack or a Hugging Face folder.
 
@@ -100,6 +101,7 @@ class Engine:
         be at one time. mtp: also load the multi-token-prediction module. ram, vram: bytes that everything must
         fit in, by default what is free now; routed experts of a pack that have no room are read from disk when
         they are needed. prefetch: try whether reading experts ahead pays.
+        direct: whether reads pass the page cache by; by default where it has no room for the pack.
 
         Raises DoesNotFitError if the budget is too small for anything, ModelError (or the quant floor's errors)
         if it can't be read or is not a model of the family, UsageError for arguments that make no sense.
@@ -121,7 +123,7 @@ class Engine:
             run = run_for(config)
             plan = place(config, weigh(config, stored, run), run, budget)
             arena = Arena.from_plan(plan, target)
-            experts = Experts(pack, plan, arena) if plan.pools else None
+            experts = Experts(pack, plan, arena, direct) if plan.pools else None
             try:
                 model = bind(PackSource(pack, arena, experts.of if experts else _no_experts), config, mtp)
             except BaseException:

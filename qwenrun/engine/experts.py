@@ -31,13 +31,16 @@ Cache = ExpertCache | DeviceCache
 class Experts:
     """All routed experts of an open pack. direct: reads pass the page cache by."""
 
-    def __init__(self, pack: PackReader, plan: Plan, arena: Arena, mover: Mover | None = None) -> None:
-        """mover: how bytes reach a device that is not the CPU; by default CUDA's."""
+    def __init__(
+        self, pack: PackReader, plan: Plan, arena: Arena, direct: bool | None = None, mover: Mover | None = None
+    ) -> None:
+        """direct: by default where the page cache can't hold the files. mover: how bytes reach a device that is not
+        the CPU; by default CUDA's."""
         self._plan = plan
         self._device = arena.device
         gpu = plan.budget.gpu
         files = {prefix: pack.expert_file(prefix) for pool in plan.pools for prefix in pool.prefixes}
-        self._store = ExpertStore(files, _past_the_page_cache(plan, files))
+        self._store = ExpertStore(files, _past_the_page_cache(plan, files) if direct is None else direct)
         self.direct = self._store.direct
         self._caches: dict[str, Cache] = {}
         self._assists: dict[str, Assist | None] = {}

@@ -44,7 +44,7 @@ RECIPES = ("int4", "nvfp4")
 GGUF_KINDS = ("q4_k_m", "q4_0")
 SEED = 0
 # Of a limit this much is left for Python, torch and what else is not the engine's to plan.
-MARGIN = 256 << 20
+MARGIN = 48 << 20
 SILENCE_SECONDS, MOST_SECONDS = 150.0, 900.0
 PROMPT_TOKENS, GEN_TOKENS, RUNS = 32, 32, 2
 

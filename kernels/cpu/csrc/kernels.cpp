@@ -45,23 +45,29 @@ bool has_avx2() {
 #endif
 }
 
-// Rows of activations as the kernels read them. For quantized weights: codes int8 [rows, cols], in every run of
-// `run` values the even ones before the odd ones (as nibbles lie in bytes), scales float [rows, blocks], and
-// scale x sum of codes of each block. For bf16 weights only the float rows.
+// Rows of activations as the kernels read them. For quantized weights: codes int8 [rows, cols], in every run of 64
+// values the even ones before the odd ones (as nibbles lie in bytes); scales float [rows, step], with room for whole
+// vectors; and what a block's integer sum is too large by: the sum of its codes, times 8 for int4 and 12 for e2m1,
+// times 1 where the weights have zero points. For bf16 weights only the float rows.
 struct Acts {
     const float *values = nullptr;
     int64_t cols = 0, blocks = 0;
+    bool fast = false;
     std::unique_ptr<int8_t[]> codes;
-    std::unique_ptr<float[]> scales, sums;
+    std::unique_ptr<float[]> scales;
+    std::unique_ptr<int32_t[]> sums;
+    int64_t step() const { return (blocks + 7) / 8 * 8; }
     const int8_t *q(int64_t row) const { return codes.get() + row * cols; }
-    const float *s(int64_t row) const { return scales.get() + row * blocks; }
-    const float *m(int64_t row) const { return sums.get() + row * blocks; }
+    const float *s(int64_t row) const { return scales.get() + row * step(); }
+    const int32_t *i(int64_t row) const { return sums.get() + row * step(); }
     const float *x(int64_t row) const { return values + row * cols; }
 };
 
+int32_t too_large(const Matrix &w) { return w.kind == INT4 ? (w.zeros ? 1 : 8) : w.kind == E2M1 ? 12 : 0; }
+
 int64_t run_length(const Matrix &w) { return w.cols % 64 == 0 ? 64 : 2; }
 
-void quantize_row(const Matrix &w, const float *x, int8_t *q, float *scales, float *sums) {
+void quantize_row(const Matrix &w, const float *x, int8_t *q, float *scales, int32_t *sums) {
     const int64_t block = w.block, run = w.kind == INT8 ? 1 : run_length(w);
     for (int64_t b = 0; b < w.cols / block; ++b) {
         const float *v = x + b * block;
@@ -85,13 +91,13 @@ void quantize_row(const Matrix &w, const float *x, int8_t *q, float *scales, flo
             }
         }
         scales[b] = scale;
-        sums[b] = scale * static_cast<float>(sum);
+        sums[b] = sum * too_large(w);
     }
 }
 
 #if defined(__x86_64__)
 // The same, for blocks that are whole vectors; rounding is to even in both.
-AVX2 void quantize_row_avx2(const Matrix &w, const float *x, int8_t *q, float *scales, float *sums) {
+AVX2 void quantize_row_avx2(const Matrix &w, const float *x, int8_t *q, float *scales, int32_t *sums) {
     const int64_t block = w.block;
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     alignas(32) int8_t plain[64];
@@ -111,7 +117,7 @@ AVX2 void quantize_row_avx2(const Matrix &w, const float *x, int8_t *q, float *s
                 float largest = 0.0f, odd = 0.0f;
                 for (int i = 0; i < 8; ++i) largest = std::max(largest, m[i]), odd += p[i];
                 scales[b] = largest / 127.0f + odd;
-                sums[b] = 0.0f;
+                sums[b] = 0;
             }
             const float inverse = scales[b] > 0.0f && std::isfinite(1.0f / scales[b]) ? 1.0f / scales[b] : 0.0f;
             const __m256 by = _mm256_set1_ps(inverse);
@@ -127,7 +133,7 @@ AVX2 void quantize_row_avx2(const Matrix &w, const float *x, int8_t *q, float *s
             _mm256_store_si256(reinterpret_cast<__m256i *>(lanes), sum);
             int32_t total = 0;
             for (int lane : lanes) total += lane;
-            sums[b] += scales[b] * static_cast<float>(total);
+            sums[b] += total * too_large(w);
         }
         if (w.kind == INT8) {
             std::memcpy(q + start, plain, 64);
@@ -159,16 +165,18 @@ Acts prepare(const Matrix &w, const float *x, int64_t rows) {
     Acts acts;
     acts.values = x;
     acts.cols = w.cols;
+    acts.fast = fast(w);
     if (w.kind == BF16) return acts;
     acts.blocks = w.cols / w.block;
     acts.codes.reset(new int8_t[rows * w.cols]);
-    acts.scales.reset(new float[rows * acts.blocks]);
-    acts.sums.reset(new float[rows * acts.blocks]);
+    acts.scales.reset(new float[rows * acts.step()]);
+    acts.sums.reset(new int32_t[rows * acts.step()]);
     auto one = [&](int64_t row) {
         int8_t *q = acts.codes.get() + row * w.cols;
-        float *s = acts.scales.get() + row * acts.blocks, *m = acts.sums.get() + row * acts.blocks;
+        float *s = acts.scales.get() + row * acts.step();
+        int32_t *m = acts.sums.get() + row * acts.step();
 #if defined(__x86_64__)
-        if (fast(w)) return quantize_row_avx2(w, x + row * w.cols, q, s, m);
+        if (acts.fast) return quantize_row_avx2(w, x + row * w.cols, q, s, m);
 #endif
         quantize_row(w, x + row * w.cols, q, s, m);
     };
@@ -198,163 +206,160 @@ float e4m3_to_float(uint8_t e) {
 
 constexpr int8_t DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-// One row's scales as floats, and each times what its codes are too large by: 8, the zero point, 12 (e2m1 doubled).
-struct RowScales {
-    std::vector<float> scale, offset;
-};
-
-int64_t step_of(int64_t blocks) { return (blocks + 15) / 16 * 16; }
-
-void row_scales_plain(const Matrix &w, const uint8_t *scales, const uint8_t *zeros, int64_t blocks, RowScales &out) {
-    for (int64_t b = 0; b < blocks; ++b) {
-        uint16_t half = 0;
-        if (w.scale == F16) std::memcpy(&half, scales + 2 * b, 2);
-        const float s = w.scale == F16 ? half_to_float(half) : e4m3_to_float(scales[b]);
-        const float less = w.kind == INT4 ? (zeros ? (zeros[b / 2] >> (b % 2 * 4)) & 15 : 8) : w.kind == E2M1 ? 12 : 0;
-        out.scale[b] = s;
-        out.offset[b] = s * less;
-    }
+float scale_at(const Matrix &w, int64_t r, int64_t blocks, int64_t b) {
+    if (w.scale == E4M3) return e4m3_to_float(w.scales[r * blocks + b]);
+    uint16_t half;
+    std::memcpy(&half, w.scales + 2 * (r * blocks + b), 2);
+    return half_to_float(half);
 }
 
 #if defined(__x86_64__)
-AVX2 void row_scales_avx2(const Matrix &w, const uint8_t *scales, const uint8_t *zeros, int64_t blocks, RowScales &out) {
-    int64_t b = 0;
-    const __m256 constant = _mm256_set1_ps(w.kind == INT4 ? 8.0f : 12.0f);
-    for (; b + 8 <= blocks; b += 8) {
-        __m256 s;
-        if (w.scale == F16) {
-            s = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 2 * b)));
-        } else {
-            // The bits of an E4M3 number, moved to a float's exponent and mantissa, are 2^-120 of it.
-            const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(scales + b));
-            const __m256i wide = _mm256_cvtepu8_epi32(raw);
-            const __m256i body = _mm256_slli_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(127)), 20);
-            const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(128)), 24);
-            s = _mm256_mul_ps(_mm256_castsi256_ps(body), _mm256_set1_ps(0x1p120f));
-            const __m256i nan = _mm256_cmpeq_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(127)),
-                                                   _mm256_set1_epi32(127));
-            s = _mm256_or_ps(_mm256_or_ps(s, _mm256_castsi256_ps(sign)), _mm256_castsi256_ps(nan));
-        }
-        __m256 less = constant;
-        if (zeros) {
-            uint32_t packed;
-            std::memcpy(&packed, zeros + b / 2, 4);
-            const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-            const __m256i each = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(packed)), shifts);
-            less = _mm256_cvtepi32_ps(_mm256_and_si256(each, _mm256_set1_epi32(15)));
-        }
-        _mm256_storeu_ps(out.scale.data() + b, s);
-        _mm256_storeu_ps(out.offset.data() + b, _mm256_mul_ps(s, less));
-    }
-    if (b < blocks) {
-        RowScales rest{std::vector<float>(blocks - b), std::vector<float>(blocks - b)};
-        row_scales_plain(w, scales + (w.scale == F16 ? 2 * b : b), zeros ? zeros + b / 2 : nullptr, blocks - b, rest);
-        std::copy(rest.scale.begin(), rest.scale.end(), out.scale.begin() + b);
-        std::copy(rest.offset.begin(), rest.offset.end(), out.offset.begin() + b);
-    }
-}
-
 AVX2 inline float sum8(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-AVX2 inline float dot(const float *a, const float *b, int64_t n) {
-    __m256 sum = _mm256_setzero_ps();
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sum);
-    float out = sum8(sum);
-    for (; i < n; ++i) out += a[i] * b[i];
-    return out;
+AVX2 inline __m256i load(const void *at) { return _mm256_loadu_si256(static_cast<const __m256i *>(at)); }
+
+// Eight scales as floats. What is beyond the row's end may be read only if it is part of the matrix.
+AVX2 inline __m256 eight_scales(const Matrix &w, const uint8_t *at) {
+    if (w.scale == F16) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
+    // The bits of an E4M3 number, moved to a float's exponent and mantissa, are 2^-120 of it.
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(at)));
+    const __m256i low = _mm256_and_si256(wide, _mm256_set1_epi32(127));
+    const __m256 size = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(low, 20)), _mm256_set1_ps(0x1p120f));
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(wide, 7), 31);
+    const __m256i nan = _mm256_cmpeq_epi32(low, _mm256_set1_epi32(127));
+    return _mm256_or_ps(size, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
 }
 
-// One row of 4-bit codes times N rows of activations.
+// scale of the weights x scale of the activations, for every block of a row and N rows of activations.
 template <int N>
-AVX2 void nibbles_avx2(const Matrix &w, const uint8_t *codes, const RowScales &rs, const Acts &acts,
-                       const int64_t *rows, float *out) {
+AVX2 inline void joint_scales(const Matrix &w, const uint8_t *scales, const Acts &acts, const int64_t *rows, float *out,
+                              int64_t step) {
+    const int64_t blocks = acts.blocks, width = w.scale == F16 ? 2 : 1;
+    for (int64_t b = 0; b < blocks; b += 8) {
+        __m256 s;
+        if (b + 8 <= blocks) {
+            s = eight_scales(w, scales + b * width);
+        } else {
+            uint8_t rest[16] = {};
+            std::memcpy(rest, scales + b * width, (blocks - b) * width);
+            s = eight_scales(w, rest);
+        }
+        for (int n = 0; n < N; ++n)
+            _mm256_storeu_ps(out + n * step + b, _mm256_mul_ps(s, _mm256_loadu_ps(acts.s(rows[n]) + b)));
+    }
+}
+
+// One row of 4-bit codes times N rows of activations; a block's codes are too large by 8 (int4), by its zero point,
+// or by 12 (e2m1, doubled), which is taken off its integer sum.
+template <int N>
+AVX2 void nibbles_avx2(const Matrix &w, const uint8_t *codes, const uint8_t *zeros, const Acts &acts,
+                       const int64_t *rows, const float *joint, int64_t step, float *out) {
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const __m256i values = _mm256_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0, 12, 13, 14, 15,
                                             16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
     const __m256i pairs = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
-    const bool floats = w.kind == E2M1;
     const int64_t block = w.block, chunks = w.cols / 64;
     __m256 acc[N];
     const int8_t *q[N];
-    const float *s[N];
+    const int32_t *less[N];
     for (int n = 0; n < N; ++n) {
         acc[n] = _mm256_setzero_ps();
         q[n] = acts.q(rows[n]);
-        s[n] = acts.s(rows[n]);
+        less[n] = acts.i(rows[n]);
     }
-    const float *scale = rs.scale.data();
-    if (block <= 32) {
+    if (block == 16) {
         for (int64_t c = 0; c < chunks; ++c) {
-            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + 32 * c));
-            __m256i lo = _mm256_and_si256(v, low), hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
-            if (floats) lo = _mm256_shuffle_epi8(values, lo), hi = _mm256_shuffle_epi8(values, hi);
+            const __m256i v = load(codes + 32 * c);
+            const __m256i lo = _mm256_shuffle_epi8(values, _mm256_and_si256(v, low));
+            const __m256i hi = _mm256_shuffle_epi8(values, _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
             for (int n = 0; n < N; ++n) {
-                const __m256i e = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q[n] + 64 * c));
-                const __m256i o = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q[n] + 64 * c + 32));
-                const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(lo, e), _mm256_maddubs_epi16(hi, o));
-                __m256 both;
-                if (block == 16) {
-                    const __m128 four = _mm_mul_ps(_mm_loadu_ps(scale + 4 * c), _mm_loadu_ps(s[n] + 4 * c));
-                    both = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(four), pairs);
-                } else {
-                    both = _mm256_set_m128(_mm_set1_ps(scale[2 * c + 1] * s[n][2 * c + 1]),
-                                           _mm_set1_ps(scale[2 * c] * s[n][2 * c]));
-                }
-                acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(p, ones)), both, acc[n]);
+                const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(lo, load(q[n] + 64 * c)),
+                                                   _mm256_maddubs_epi16(hi, load(q[n] + 64 * c + 32)));
+                // Four sums of activations, each in the first lane of its block's two.
+                const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i *>(less[n] + 4 * c));
+                const __m256i sum = _mm256_sub_epi32(_mm256_madd_epi16(p, ones), _mm256_cvtepu32_epi64(four));
+                const __m256 by = _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(joint + n * step + 4 * c));
+                acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_permutevar8x32_ps(by, pairs), acc[n]);
+            }
+        }
+    } else if (block == 32) {
+        for (int64_t c = 0; c < chunks; ++c) {
+            const __m256i v = load(codes + 32 * c);
+            const __m256i lo = _mm256_and_si256(v, low), hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+            const int32_t z0 = zeros ? zeros[c] & 15 : 1, z1 = zeros ? zeros[c] >> 4 : 1;
+            for (int n = 0; n < N; ++n) {
+                const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(lo, load(q[n] + 64 * c)),
+                                                   _mm256_maddubs_epi16(hi, load(q[n] + 64 * c + 32)));
+                const __m256i two = _mm256_set_m128i(_mm_cvtsi32_si128(less[n][2 * c + 1] * z1),
+                                                     _mm_cvtsi32_si128(less[n][2 * c] * z0));
+                const float *by = joint + n * step + 2 * c;
+                const __m256 both = _mm256_set_m128(_mm_broadcast_ss(by + 1), _mm_broadcast_ss(by));
+                const __m256i sum = _mm256_sub_epi32(_mm256_madd_epi16(p, ones), two);
+                acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, acc[n]);
             }
         }
     } else {
-        const int64_t per = block / 64;
-        for (int64_t b = 0; b < w.cols / block; ++b) {
+        const int64_t blocks = w.cols / block;
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int32_t z = zeros ? (zeros[b / 2] >> (b % 2 * 4)) & 15 : 1;
             __m256i sum[N];
-            for (int n = 0; n < N; ++n) sum[n] = _mm256_setzero_si256();
-            for (int64_t c = b * per; c < (b + 1) * per; ++c) {
-                const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + 32 * c));
-                const __m256i lo = _mm256_and_si256(v, low), hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+            for (int n = 0; n < N; ++n) sum[n] = _mm256_castsi128_si256(_mm_setzero_si128());
+            int64_t at = b * block;
+            const int64_t end = at + block;
+            // Two runs of 64 fit into sums of 16 bits: 8 products of at most 15 x 127 a lane.
+            for (; at + 128 <= end; at += 128) {
+                const __m256i v = load(codes + at / 2), u = load(codes + at / 2 + 32);
+                const __m256i v0 = _mm256_and_si256(v, low), v1 = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+                const __m256i u0 = _mm256_and_si256(u, low), u1 = _mm256_and_si256(_mm256_srli_epi16(u, 4), low);
                 for (int n = 0; n < N; ++n) {
-                    const __m256i e = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q[n] + 64 * c));
-                    const __m256i o = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q[n] + 64 * c + 32));
-                    const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(lo, e), _mm256_maddubs_epi16(hi, o));
+                    const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(v0, load(q[n] + at)),
+                                                       _mm256_maddubs_epi16(v1, load(q[n] + at + 32)));
+                    const __m256i r = _mm256_add_epi16(_mm256_maddubs_epi16(u0, load(q[n] + at + 64)),
+                                                       _mm256_maddubs_epi16(u1, load(q[n] + at + 96)));
+                    sum[n] = _mm256_add_epi32(sum[n], _mm256_madd_epi16(_mm256_add_epi16(p, r), ones));
+                }
+            }
+            for (; at < end; at += 64) {
+                const __m256i v = load(codes + at / 2);
+                const __m256i v0 = _mm256_and_si256(v, low), v1 = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+                for (int n = 0; n < N; ++n) {
+                    const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(v0, load(q[n] + at)),
+                                                       _mm256_maddubs_epi16(v1, load(q[n] + at + 32)));
                     sum[n] = _mm256_add_epi32(sum[n], _mm256_madd_epi16(p, ones));
                 }
             }
-            for (int n = 0; n < N; ++n)
-                acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n]), _mm256_set1_ps(scale[b] * s[n][b]), acc[n]);
+            for (int n = 0; n < N; ++n) {
+                const __m256i off = _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_cvtsi32_si128(less[n][b] * z), 0);
+                acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sum[n], off)),
+                                         _mm256_broadcast_ss(joint + n * step + b), acc[n]);
+            }
         }
     }
-    for (int n = 0; n < N; ++n) {
-        const float result = sum8(acc[n]) - dot(rs.offset.data(), acts.m(rows[n]), acts.blocks);
-        out[n] = floats ? 0.5f * result : result;
-    }
+    for (int n = 0; n < N; ++n) out[n] = w.kind == E2M1 ? 0.5f * sum8(acc[n]) : sum8(acc[n]);
 }
 
 template <int N>
-AVX2 void bytes_avx2(const Matrix &w, const uint8_t *codes, const RowScales &rs, const Acts &acts, const int64_t *rows,
-                     float *out) {
+AVX2 void bytes_avx2(const Matrix &w, const uint8_t *codes, const Acts &acts, const int64_t *rows, const float *joint,
+                     int64_t step, float *out) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256 acc[N];
     for (int n = 0; n < N; ++n) acc[n] = _mm256_setzero_ps();
-    const int64_t per = w.block / 32;
     for (int64_t b = 0; b < w.cols / w.block; ++b) {
         __m256i sum[N];
         for (int n = 0; n < N; ++n) sum[n] = _mm256_setzero_si256();
-        for (int64_t c = b * per; c < (b + 1) * per; ++c) {
-            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + 32 * c));
-            const __m256i size = _mm256_abs_epi8(v);
+        for (int64_t at = b * w.block; at < (b + 1) * w.block; at += 32) {
+            const __m256i v = load(codes + at), size = _mm256_abs_epi8(v);
             for (int n = 0; n < N; ++n) {
-                const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(acts.q(rows[n]) + 32 * c));
-                const __m256i p = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, v));
-                sum[n] = _mm256_add_epi32(sum[n], _mm256_madd_epi16(p, ones));
+                const __m256i x = _mm256_sign_epi8(load(acts.q(rows[n]) + at), v);
+                sum[n] = _mm256_add_epi32(sum[n], _mm256_madd_epi16(_mm256_maddubs_epi16(size, x), ones));
             }
         }
         for (int n = 0; n < N; ++n)
-            acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n]), _mm256_set1_ps(rs.scale[b] * acts.s(rows[n])[b]),
-                                     acc[n]);
+            acc[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n]), _mm256_broadcast_ss(joint + n * step + b), acc[n]);
     }
     for (int n = 0; n < N; ++n) out[n] = sum8(acc[n]);
 }
@@ -376,22 +381,35 @@ AVX2 void bf16_avx2(const Matrix &w, const uint8_t *codes, const Acts &acts, con
     for (int n = 0; n < N; ++n) out[n] = sum8(_mm256_add_ps(a[n], b[n]));
 }
 
+// Row `r` of w times N rows of activations.
 template <int N>
-AVX2 void row_avx2(const Matrix &w, const uint8_t *codes, const RowScales &rs, const Acts &acts, const int64_t *rows,
-                   float *out) {
-    if (w.kind == BF16) bf16_avx2<N>(w, codes, acts, rows, out);
-    else if (w.kind == INT8) bytes_avx2<N>(w, codes, rs, acts, rows, out);
-    else nibbles_avx2<N>(w, codes, rs, acts, rows, out);
+AVX2 inline void row_avx2(const Matrix &w, int64_t r, const Acts &acts, const int64_t *rows, float *joint, float *out) {
+    if (w.kind == BF16) return bf16_avx2<N>(w, w.codes + r * 2 * w.cols, acts, rows, out);
+    const int64_t blocks = acts.blocks, step = acts.step();
+    joint_scales<N>(w, w.scales + r * blocks * (w.scale == F16 ? 2 : 1), acts, rows, joint, step);
+    const uint8_t *zeros = w.zeros ? w.zeros + r * ((blocks + 1) / 2) : nullptr;
+    if (w.kind == INT8) bytes_avx2<N>(w, w.codes + r * w.cols, acts, rows, joint, step, out);
+    else nibbles_avx2<N>(w, w.codes + r * w.cols / 2, zeros, acts, rows, joint, step, out);
+}
+
+// Rows first..last of w times `count` rows of activations: out[(r - first) * stride + n].
+AVX2 void block_avx2(const Matrix &w, int64_t first, int64_t last, const Acts &acts, const int64_t *rows,
+                     int64_t count, float *joint, float *out, int64_t stride) {
+    for (int64_t r = first; r < last; ++r, out += stride) {
+        int64_t n = 0;
+        for (; n + 4 <= count; n += 4) row_avx2<4>(w, r, acts, rows + n, joint, out + n);
+        for (; n < count; ++n) row_avx2<1>(w, r, acts, rows + n, joint, out + n);
+    }
 }
 #endif
 
 // Any shape, any processor: the same integers, summed one by one.
-float row_plain(const Matrix &w, const uint8_t *codes, const RowScales &rs, const Acts &acts, int64_t row) {
+float row_plain(const Matrix &w, int64_t r, const Acts &acts, int64_t row) {
     if (w.kind == BF16) {
         double sum = 0.0;
         for (int64_t i = 0; i < w.cols; ++i) {
             uint16_t half;
-            std::memcpy(&half, codes + 2 * i, 2);
+            std::memcpy(&half, w.codes + 2 * (r * w.cols + i), 2);
             const uint32_t bits = static_cast<uint32_t>(half) << 16;
             float value;
             std::memcpy(&value, &bits, 4);
@@ -400,9 +418,11 @@ float row_plain(const Matrix &w, const uint8_t *codes, const RowScales &rs, cons
         return static_cast<float>(sum);
     }
     const int8_t *q = acts.q(row);
-    const int64_t run = w.kind == INT8 ? 1 : run_length(w);
+    const int64_t run = w.kind == INT8 ? 1 : run_length(w), blocks = acts.blocks;
+    const uint8_t *codes = w.codes + r * (w.kind == INT8 ? w.cols : w.cols / 2);
+    const uint8_t *zeros = w.zeros ? w.zeros + r * ((blocks + 1) / 2) : nullptr;
     float out = 0.0f;
-    for (int64_t b = 0; b < w.cols / w.block; ++b) {
+    for (int64_t b = 0; b < blocks; ++b) {
         int32_t sum = 0;
         for (int64_t at = b * w.block; at < (b + 1) * w.block; ++at) {
             int32_t code;
@@ -415,9 +435,29 @@ float row_plain(const Matrix &w, const uint8_t *codes, const RowScales &rs, cons
             const int64_t base = at / run * run, in = at - base;
             sum += code * q[run == 1 ? at : base + (in & 1) * (run / 2) + in / 2];
         }
-        out += rs.scale[b] * acts.s(row)[b] * static_cast<float>(sum) - rs.offset[b] * acts.m(row)[b];
+        if (w.kind != INT8) sum -= acts.i(row)[b] * (zeros ? (zeros[b / 2] >> (b % 2 * 4)) & 15 : 1);
+        out += scale_at(w, r, blocks, b) * acts.s(row)[b] * static_cast<float>(sum);
     }
     return w.kind == E2M1 ? 0.5f * out : out;
+}
+
+// Rows first..last of w times the activation rows `rows[0..count)`: out[(r - first) * stride + n].
+void block_times(const Matrix &w, int64_t first, int64_t last, const Acts &acts, const int64_t *rows, int64_t count,
+                 float *out, int64_t stride) {
+#if defined(__x86_64__)
+    if (acts.fast) {
+        thread_local std::vector<float> joint;
+        if (static_cast<int64_t>(joint.size()) < 4 * acts.step()) joint.resize(4 * acts.step());
+        block_avx2(w, first, last, acts, rows, count, joint.data(), out, stride);
+    } else
+#endif
+        for (int64_t r = first; r < last; ++r)
+            for (int64_t n = 0; n < count; ++n) out[(r - first) * stride + n] = row_plain(w, r, acts, rows[n]);
+    if (w.tensor_scale)
+        for (int64_t r = first; r < last; ++r) {
+            const float by = w.tensor_scale[r * w.tensor_scales / w.rows];
+            for (int64_t n = 0; n < count; ++n) out[(r - first) * stride + n] *= by;
+        }
 }
 
 // A matrix out of a stack.
@@ -430,46 +470,6 @@ Matrix nth(const Matrix &stack, int64_t index) {
         w.tensor_scale = reinterpret_cast<const float *>(reinterpret_cast<const uint8_t *>(w.tensor_scale) +
                                                          index * stack.tensor_step);
     return w;
-}
-
-int64_t row_bytes(const Matrix &w) { return w.kind == BF16 ? 2 * w.cols : w.kind == INT8 ? w.cols : w.cols / 2; }
-
-// Row `r` of a matrix times the activation rows `rows[0..count)`: out[0..count).
-void row_times(const Matrix &w, int64_t r, const Acts &acts, const int64_t *rows, int64_t count, float *out,
-               RowScales &rs) {
-    const uint8_t *codes = w.codes + r * row_bytes(w);
-    const bool quick = fast(w);
-    if (w.kind != BF16) {
-        const int64_t blocks = w.cols / w.block;
-        const uint8_t *scales = w.scales + r * blocks * (w.scale == F16 ? 2 : 1);
-        const uint8_t *zeros = w.zeros ? w.zeros + r * ((blocks + 1) / 2) : nullptr;
-        if (static_cast<int64_t>(rs.scale.size()) < step_of(blocks)) {
-            rs.scale.resize(step_of(blocks));
-            rs.offset.resize(step_of(blocks));
-        }
-#if defined(__x86_64__)
-        if (quick) row_scales_avx2(w, scales, zeros, blocks, rs);
-        else
-#endif
-            row_scales_plain(w, scales, zeros, blocks, rs);
-    }
-    int64_t n = 0;
-#if defined(__x86_64__)
-    if (quick) {
-        for (; n + 4 <= count; n += 4) row_avx2<4>(w, codes, rs, acts, rows + n, out + n);
-        for (; n < count; ++n) row_avx2<1>(w, codes, rs, acts, rows + n, out + n);
-    }
-#endif
-    for (; n < count; ++n) out[n] = row_plain(w, codes, rs, acts, rows[n]);
-    if (w.tensor_scale) {
-        const float by = w.tensor_scale[r * w.tensor_scales / w.rows];
-        for (int64_t i = 0; i < count; ++i) out[i] *= by;
-    }
-}
-
-RowScales &scratch() {
-    thread_local RowScales own;
-    return own;
 }
 
 // Activation rows that are multiplied at a time: few enough to stay in the second cache.
@@ -509,13 +509,14 @@ void qwenrun_cpu_linear(const Matrix *w, const float *x, int64_t tokens, float *
     std::iota(all.begin(), all.end(), 0);
     const std::vector<Piece> pieces = cut(w->rows, 1);
     Pool::get().each(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-        float out[TOKENS];
+        const auto [group, first, last] = pieces[i];
+        if (tokens == 1) return block_times(*w, first, last, acts, all.data(), 1, y + first, 1);
+        std::vector<float> out(TOKENS * (last - first));
         for (int64_t t = 0; t < tokens; t += TOKENS) {
             const int64_t count = std::min(TOKENS, tokens - t);
-            for (int64_t r = pieces[i].first; r < pieces[i].last; ++r) {
-                row_times(*w, r, acts, all.data() + t, count, out, scratch());
-                for (int64_t n = 0; n < count; ++n) y[(t + n) * w->rows + r] = out[n];
-            }
+            block_times(*w, first, last, acts, all.data() + t, count, out.data(), count);
+            for (int64_t n = 0; n < count; ++n)
+                for (int64_t r = first; r < last; ++r) y[(t + n) * w->rows + r] = out[(r - first) * count + n];
         }
     });
 }
@@ -542,15 +543,17 @@ void qwenrun_cpu_experts(const Matrix *gate_up, const Matrix *down, const float 
     Pool::get().each(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
         const Piece piece = pieces[i];
         const Matrix w = nth(*gate_up, index[order[starts[piece.group]]]);
-        float gate[TOKENS], up[TOKENS];
+        const int64_t size = piece.last - piece.first;
+        std::vector<float> gate(TOKENS * size), up(TOKENS * size);
         for (int64_t p = starts[piece.group]; p < starts[piece.group + 1]; p += TOKENS) {
             const int64_t count = std::min(TOKENS, starts[piece.group + 1] - p);
-            for (int64_t r = piece.first; r < piece.last; ++r) {
-                row_times(w, r, acts, owners.data() + p, count, gate, scratch());
-                row_times(w, r + inner, acts, owners.data() + p, count, up, scratch());
-                for (int64_t n = 0; n < count; ++n)
-                    middle[(p + n) * inner + r] = gate[n] / (1.0f + std::exp(-gate[n])) * up[n];
-            }
+            block_times(w, piece.first, piece.last, acts, owners.data() + p, count, gate.data(), count);
+            block_times(w, piece.first + inner, piece.last + inner, acts, owners.data() + p, count, up.data(), count);
+            for (int64_t n = 0; n < count; ++n)
+                for (int64_t r = 0; r < size; ++r) {
+                    const float g = gate[r * count + n];
+                    middle[(p + n) * inner + piece.first + r] = g / (1.0f + std::exp(-g)) * up[r * count + n];
+                }
         }
     });
 
@@ -562,13 +565,15 @@ void qwenrun_cpu_experts(const Matrix *gate_up, const Matrix *down, const float 
     Pool::get().each(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
         const Piece piece = pieces[i];
         const Matrix w = nth(*down, index[order[starts[piece.group]]]);
-        float row[TOKENS];
+        const int64_t size = piece.last - piece.first;
+        std::vector<float> made_here(TOKENS * size);
         for (int64_t p = starts[piece.group]; p < starts[piece.group + 1]; p += TOKENS) {
             const int64_t count = std::min(TOKENS, starts[piece.group + 1] - p);
-            for (int64_t r = piece.first; r < piece.last; ++r) {
-                row_times(w, r, between, all.data() + p, count, row, scratch());
-                for (int64_t n = 0; n < count; ++n)
-                    made[order[p + n] * hidden + r] = row[n] * weight[order[p + n]];
+            block_times(w, piece.first, piece.last, between, all.data() + p, count, made_here.data(), count);
+            for (int64_t n = 0; n < count; ++n) {
+                const int64_t pair = order[p + n];
+                for (int64_t r = 0; r < size; ++r)
+                    made[pair * hidden + piece.first + r] = made_here[r * count + n] * weight[pair];
             }
         }
     });
