@@ -28,12 +28,14 @@ class Backend:
     priority: where two can serve, the higher one does; the reference has 0.
     devices: the torch device types it computes on; empty means any.
     refuses: (op, spec or None) -> "" if it can serve on this machine, else a sentence why not.
+    rounds: codes of weights whose products it makes with activations rounded to 8 bits, block by block.
     """
 
     name: str
     priority: int
     devices: tuple[str, ...]
     refuses: Callable[[str, BlockSpec | None], str]
+    rounds: tuple[str, ...] = ()
 
 
 @cache

@@ -1,8 +1,8 @@
 """The CPU backend: products with encoded matrices in C++, behind a plain C interface loaded with ctypes.
 
 int4, int8 and NVFP4 weights are multiplied with activations rounded to int8 block by block (8 bits a value, a scale
-a block), bf16 weights with float32 activations. Only `linear`, `experts` and `router`: the reference serves the rest. Without
-the library (no compiler when it was installed) the backend refuses, and the reference serves everything.
+a block), bf16 weights with float32 activations. There are `linear`, `experts` and `router`; the reference serves
+the rest. Without the library (no compiler when it was installed) the backend refuses, and the reference serves all.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _refuses(op: str, spec: BlockSpec | None) -> str:
     return ""
 
 
-BACKEND = Backend("cpu", priority=10, devices=("cpu",), refuses=_refuses)
+BACKEND = Backend("cpu", priority=10, devices=("cpu",), refuses=_refuses, rounds=("int4", "int8", "e2m1"))
 
 
 def _matrix(w: Weight) -> _Matrix:
@@ -90,9 +90,7 @@ def _matrix(w: Weight) -> _Matrix:
     parts = [part(t) for t in (w.codes, w.scales, w.zeros, w.tensor_scale)]
     count = w.tensor_scale.shape[-1] if w.tensor_scale is not None else 1
     sizes = (w.rows, w.cols, w.spec.block, count)
-    return _Matrix(
-        *(p for p, _ in parts), *sizes, *(s for _, s in parts), _CODES[w.spec.codes], _SCALES[w.spec.scale]
-    )
+    return _Matrix(*(p for p, _ in parts), *sizes, *(s for _, s in parts), _CODES[w.spec.codes], _SCALES[w.spec.scale])
 
 
 # Weights live as long as their model, and their structs are asked for at every call.

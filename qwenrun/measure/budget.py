@@ -23,12 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwenrun.errors import QwenrunError, UsageError, exit_code
+from qwenrun.errors import UsageError
 from qwenrun.measure.machine import machine, peak_rss
+from qwenrun.measure.synth import guarded
+from qwenrun.model.config import ModelConfig
 from qwenrun.plan.buffers import Run
 from qwenrun.plan.planner import weigh, whole_budget
-from qwenrun.ui import console
-from qwenrun.ui.models import stored_in
+from qwenrun.quant.packfile.layout import read_manifest
 
 SHARES = "25,50,75,100"
 
@@ -103,7 +104,9 @@ def line(name: str, share: str, figures: dict[str, Any]) -> str:
 
 def whole(pack: Path, ctx: int) -> int:
     """Bytes with which every expert of a pack is resident."""
-    config, stored, _ = stored_in(pack)
+    manifest = read_manifest(pack)
+    config = ModelConfig.from_hf(manifest.config, name=pack.name)
+    stored = [(entry.info, entry.assignment) for entry in manifest.tensors.values()]
     run = Run(ctx=ctx, mtp=False, vision=False)
     return whole_budget(config, weigh(config, stored, run), run)
 
@@ -118,17 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", type=int, metavar="BYTES", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    try:
-        if options.one:
-            print(json.dumps(measure(options.packs[0], options.one, options.prompt_tokens, options.gen_tokens)))
-            return 0
-        return _all(options)
-    except QwenrunError as error:
-        console.fail(error.message, error.hint)
-        return exit_code(error)
+    if options.one:
+        return guarded(lambda: print(json.dumps(measure(*_sizes(options)))))
+    return guarded(lambda: _all(options))
 
 
-def _all(options: argparse.Namespace) -> int:
+def _sizes(options: argparse.Namespace) -> tuple[Path, int, int, int]:
+    return options.packs[0], options.one, options.prompt_tokens, options.gen_tokens
+
+
+def _all(options: argparse.Namespace) -> None:
     shares = [text.strip() for text in options.shares.split(",")]
     if not all(text.replace(".", "", 1).isdigit() for text in shares):
         raise UsageError(f"--shares {options.shares!r} is no list of percentages", f"--shares {SHARES}")
@@ -136,26 +138,25 @@ def _all(options: argparse.Namespace) -> int:
     for pack in options.packs:
         most = whole(pack, 2 * (options.prompt_tokens + options.gen_tokens))
         for share in shares:
-            console.note(f"{pack.name}: {share} % of {console.size(most)} ...")
+            print(f"{pack.name}: {share} % of {most / 2**30:.1f} GiB ...", file=sys.stderr)
             sizes = ["--prompt-tokens", str(options.prompt_tokens), "--gen-tokens", str(options.gen_tokens)]
             ram = str(int(most * float(share) / 100))
             command = [sys.executable, "-m", "qwenrun.measure.budget", str(pack), "--one", ram, *sizes]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
             if done.returncode:
-                console.note(done.stderr.strip())
+                print(done.stderr.strip(), file=sys.stderr)
                 rows.append({"pack": pack.name, "share": share, "exit_code": done.returncode})
                 continue
             rows.append({"pack": pack.name, "share": share, **json.loads(done.stdout)})
     if options.json:
         print(json.dumps({"machine": machine().line(), "rows": rows}))
-        return 0
+        return
     print(f"machine: {machine().line()}; {options.gen_tokens} tokens decoded after {options.prompt_tokens}, warm")
     for row in rows:
         if "exit_code" in row:
             print(f"budget={row['share']}% exit_code={row['exit_code']} pack={row['pack']}")
         else:
             print(line(row["pack"], row["share"], row))
-    return 0
 
 
 if __name__ == "__main__":

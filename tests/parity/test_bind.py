@@ -151,9 +151,10 @@ def test_a_bf16_pack_is_its_checkpoint(tiny: Callable[..., Any], tmp_path: Path,
 @pytest.mark.parametrize("recipe", ["balanced", "int4", "nvfp4"])
 @pytest.mark.parametrize("name", ["moe-4x", "dense-1x-tied"])
 def test_a_quantized_pack_is_its_decoded_weights(
-    tiny: Callable[..., Any], tmp_path: Path, recipe: str, name: str
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, name: str
 ) -> None:
-    """The pack's logits are those of a float32 checkpoint that holds what the pack's weights decode to."""
+    """The pack's logits are those of a float32 checkpoint that holds what the pack's weights decode to: exactly by
+    the reference, and nearly by what serves here (8-bit activations; a router may choose another expert)."""
     from qwenrun.kernels.ops import decode
 
     model = tiny(name, torch.bfloat16)
@@ -175,11 +176,13 @@ def test_a_quantized_pack_is_its_decoded_weights(
     (decoded / "config.json").write_text((model.folder / "config.json").read_text())
     ids = model.ids(100, seed=4)
     outputs = []
-    for path in (pack, decoded):
+    for path, backend in ((pack, "ref"), (decoded, "ref"), (pack, "")):
+        monkeypatch.setenv("QWENRUN_BACKEND", backend)
         with Engine.open(path, ctx=128, kv="f32") as engine:
             s = engine.session()
             outputs.append(torch.cat([s.prefill(ids, all_logits=True), s.step(5)[None]]))
     assert float((outputs[0] - outputs[1]).norm() / outputs[1].norm()) < 1e-5
+    assert float((outputs[2] - outputs[1]).norm() / outputs[1].norm()) < (0.4 if name.startswith("moe") else 0.05)
     # And they are not those of the checkpoint: something was quantized.
     assert float((outputs[0][:-1] - model.logits(ids)).norm()) > 1e-3 * float(outputs[0].norm())
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from qwenrun.demo.dataset import pairs
-from qwenrun.engine.events import Done, Event, Token
-from qwenrun.engine.sampler import SamplingParams
-from qwenrun.engine.events import ExpertUse
+from qwenrun.engine.events import Done, Event, ExpertUse, Token
 from qwenrun.engine.expert_cache import CacheStats
+from qwenrun.engine.sampler import SamplingParams
 from qwenrun.errors import UsageError
 from qwenrun.measure import bandwidth, quality
 from qwenrun.measure import bench as bench_module

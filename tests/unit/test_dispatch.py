@@ -23,7 +23,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("fake")
     module.BACKEND = Backend("fake", priority=9, devices=("cpu",), refuses=refuses)  # type: ignore[attr-defined]
     module.linear = lambda x, w: "fake"  # type: ignore[attr-defined]
-    found = {"fake": module, **dispatch.backends()}
+    found = {"fake": module, "ref": dispatch.backends()["ref"]}
     monkeypatch.setattr(dispatch, "backends", lambda: found)
     return module
 
@@ -33,6 +33,7 @@ def test_the_reference_is_found_and_has_every_op() -> None:
     for op in ops.OPS:
         assert callable(getattr(reference, op))
         assert ops.bind(op) is dispatch.pick(op)
+    assert dispatch.backends()[dispatch.FALLBACK].BACKEND.priority == 0
 
 
 def test_the_faster_one_serves_what_it_can(fake: types.ModuleType) -> None:

@@ -164,13 +164,14 @@ def test_case(case: Case, backend: str) -> None:
     before = [x.clone() if isinstance(x, Tensor) else None for x in args]
     result = getattr(backends()[backend], case.op)(*args)
     results = list(result) if isinstance(result, tuple) else [result]
+    bound = case.bound_of(backends()[backend].BACKEND)
     if buffer is not None:
         results.append(args[STATE_ARGUMENT[case.op]])
         assert buffer[0].isnan().all()
         assert buffer[-1].isnan().all()
     for got, wanted in zip(results, expected, strict=True):
         assert list(got.shape) == list(wanted.shape)
-        assert distance(got.double().numpy(), np.asarray(wanted, dtype=float)) <= case.bound, f"seed {seed}"
+        assert distance(got.double().numpy(), np.asarray(wanted, dtype=float)) <= bound, f"seed {seed}"
     for number, (old, new) in enumerate(zip(before, args)):
         if old is not None and number != STATE_ARGUMENT.get(case.op):
             assert torch.equal(old, new), f"argument {number} was changed (seed {seed})"
@@ -192,7 +193,11 @@ def test_a_wrong_kernel_would_fail() -> None:
             else:
                 codes = args[1].codes
                 args[1].codes = (codes >> 4) | (codes << 4)
-            assert distance(getattr(ops, case.op)(*args).double().numpy(), expected[0]) > 100 * case.bound
+            for package in backends().values():
+                bound = case.bound_of(package.BACKEND)
+                if not refusal(package.BACKEND.name, case.op, "cpu", case.spec):
+                    got = getattr(package, case.op)(*args).double().numpy()
+                    assert distance(got, expected[0]) > min(100 * bound, 0.3)
 
 
 @pytest.mark.parametrize("cut", [1, 63, 64, 65, 100])
@@ -223,7 +228,7 @@ def test_large_linear_is_decoded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     for storage in ("nvfp4", "int4-g32-zero", "bf16"):
         weight = ops.encode(torch.randn(50, 384), SPECS[storage], tensor_scales=2)
         x = torch.randn(3, 384)
-        assert distance(ops.linear(x, weight).double().numpy(), x.double().numpy() @ naive_decode(weight).T) < 1e-5
+        assert distance(module.linear(x, weight).double().numpy(), x.double().numpy() @ naive_decode(weight).T) < 1e-5
 
 
 def test_experts_on_strided_records() -> None:

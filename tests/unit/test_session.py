@@ -415,9 +415,12 @@ def test_the_readers_time_is_not_the_engines(engine: Engine, monkeypatch: pytest
     """With a clock that only moves while the reader holds an event."""
     now = 0.0
     monkeypatch.setattr("qwenrun.engine.session.time.perf_counter", lambda: now)
+    done = None
     for event in engine.session().generate([1, 2], GREEDY, max_tokens=3, stop_ids=()):
         now += 100.0
-    assert isinstance(event, Done)
+        done = event
+    assert isinstance(done, Done)
+    event = done
     assert event.stats.prefill_seconds == event.stats.decode_seconds == 0.0
 
 

@@ -1,0 +1,195 @@
+"""The compiled CPU kernels where the table of cases does not reach: large and odd shapes, poison, threads, order."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwenrun.kernels import cpu, ref
+from qwenrun.kernels.cases import SPECS
+from qwenrun.kernels.dispatch import refusal
+from qwenrun.kernels.weight import Weight
+
+WHY = refusal("cpu", "linear", "cpu", SPECS["int4-g128"])
+pytestmark = pytest.mark.skipif(bool(WHY), reason=f"the CPU backend {WHY}")
+
+STORAGES = [
+    "int4-g128",
+    "int4-g64",
+    "int4-g32",
+    "int4-g128-zero",
+    "int4-g32-zero",
+    "int8-g128",
+    "int8-g32",
+    "nvfp4",
+    "bf16",
+]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def exact(x: Tensor, w: Weight) -> Tensor:
+    return x.double() @ ref.decode(w).double().T
+
+
+def bound(storage: str) -> float:
+    return 1e-6 if storage == "bf16" else 1.5e-2
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("tokens", "rows", "cols"), SHAPES)
+def test_linear(storage: str, tokens: int, rows: int, cols: int) -> None:
+    w = ref.encode(torch.randn(rows, cols) / cols**0.5, SPECS[storage])
+    x = torch.randn(tokens, cols)
+    assert error(cpu.linear(x, w), exact(x, w)) < bound(storage)
+
+
+@pytest.mark.parametrize("storage", ["int4-g32", "int4-g32-zero", "nvfp4", "int8-g32", "bf16"])
+def test_rows_that_are_no_whole_vectors(storage: str) -> None:
+    """A row of 96 values is one and a half vectors of codes: the plain loop serves it."""
+    w = ref.encode(torch.randn(17, 96), SPECS[storage])
+    x = torch.randn(6, 96)
+    assert error(cpu.linear(x, w), exact(x, w)) < bound(storage)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_pairs_computed_apart_are_the_same_bits(storage: str) -> None:
+    """Whatever else is in the call, and in whatever order experts arrive: the expert cache stands on this."""
+    count, inner, hidden, tokens, k = 9, 128, 256, 5, 3
+    gate_up = ref.encode(torch.randn(count, 2 * inner, hidden) / hidden**0.5, SPECS[storage], tensor_scales=2)
+    down = ref.encode(torch.randn(count, hidden, inner) / inner**0.5, SPECS[storage])
+    x, weight = torch.randn(tokens, hidden), torch.rand(tokens, k)
+    index = torch.stack([torch.randperm(count)[:k] for _ in range(tokens)])
+    whole = cpu.experts(x, gate_up, down, index, weight)
+    rows = torch.full((tokens * k, hidden), math.nan)
+    for expert in torch.randperm(count).tolist():
+        at = (index.flatten() == expert).nonzero().flatten()
+        if len(at):
+            rows[at] = cpu.experts(
+                x[at // k], gate_up, down, torch.full((len(at), 1), expert), weight.flatten()[at, None]
+            )
+    parts = rows.view(tokens, k, hidden)
+    total = parts[:, 0].clone()
+    for j in range(1, k):
+        total += parts[:, j]
+    assert torch.equal(total, whole)
+    assert error(whole, ref.experts(x, gate_up, down, index, weight).double()) < (1e-5 if storage == "bf16" else 4e-2)
+
+
+def test_only_the_chosen_experts_are_read() -> None:
+    spec = SPECS["nvfp4"]
+    gate_up = ref.encode(torch.randn(6, 128, 128), spec, tensor_scales=2)
+    down = ref.encode(torch.randn(6, 128, 64), spec)
+    x, index, weight = torch.randn(2, 128), torch.tensor([[1, 4], [4, 1]]), torch.rand(2, 2)
+    clean = cpu.experts(x, gate_up, down, index, weight)
+    for w in (gate_up, down):
+        for expert in (0, 2, 3, 5):
+            w.scales[expert] = 0x7F  # not a number
+            w.tensor_scale[expert] = math.nan
+    assert torch.equal(cpu.experts(x, gate_up, down, index, weight), clean)
+
+
+@pytest.mark.parametrize("storage", ["int4-g128", "int8-g128", "nvfp4", "bf16"])
+def test_what_is_not_a_number_stays_none(storage: str) -> None:
+    w = ref.encode(torch.randn(40, 256), SPECS[storage])
+    for bad in (math.nan, math.inf):
+        x = torch.randn(3, 256)
+        x[1, 77] = bad
+        y = cpu.linear(x, w)
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("storage", ["int4-g128", "int4-g32", "int8-g128", "nvfp4"])
+def test_one_large_channel_spoils_its_own_block_alone(storage: str) -> None:
+    """1,000 times the others: with one scale a row, everything else would round to zero."""
+    w = ref.encode(torch.randn(64, 1024), SPECS[storage])
+    x = torch.randn(1, 1024)
+    x[0, 5] = 1000.0
+    quiet = x.clone()
+    quiet[0, 5] = 0.0
+    block = SPECS[storage].block
+    rest = torch.cat([torch.zeros(1, block), quiet[:, block:]], 1)
+    with_outlier = torch.cat([x[:, :block], torch.zeros(1, 1024 - block)], 1)
+    assert error(cpu.linear(x, w) - cpu.linear(with_outlier, w), exact(rest, w)) < 2e-2
+    assert error(cpu.linear(x, w), exact(x, w)) < 1.5e-2
+
+
+def test_zero_blocks_and_zero_rows() -> None:
+    w = ref.encode(torch.randn(8, 256), SPECS["int4-g64"])
+    assert torch.equal(cpu.linear(torch.zeros(2, 256), w), torch.zeros(2, 8))
+    assert cpu.linear(torch.zeros(0, 256), w).shape == (0, 8)
+
+
+def test_other_dtypes_and_strides() -> None:
+    w = ref.encode(torch.randn(8, 128), SPECS["int8-g128"])
+    x = torch.randn(128, 3).T
+    assert torch.equal(cpu.linear(x, w), cpu.linear(x.contiguous(), w))
+    assert cpu.linear(x.bfloat16(), w).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu.linear(x, Weight(w.spec, w.rows, w.cols, w.codes.T.contiguous().T, w.scales))
+
+
+SCRIPT = """
+import sys, torch
+from qwenrun.kernels import cpu, ref
+from qwenrun.kernels.cases import SPECS
+torch.manual_seed(0)
+w = ref.encode(torch.randn(300, 512), SPECS["int4-g128"])
+x = torch.randn(9, 512)
+total = sum(cpu.linear(x + i, w) for i in range(50))
+print(cpu.library().qwenrun_cpu_threads(), total.double().sum().item(), hash(total.numpy().tobytes()))
+"""
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    seen = []
+    for threads in ("1", "2", "5"):
+        env = {**os.environ, "QWENRUN_THREADS": threads, "PYTHONHASHSEED": "0"}
+        done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+        count, *result = done.stdout.split()
+        assert count == threads
+        seen.append(result)
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_computes_too() -> None:
+    w = ref.encode(torch.randn(600, 512), SPECS["int4-g128"])
+    x = torch.randn(1, 512)
+    cpu.linear(x, w)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(cpu.linear(x, w), cpu.linear(x, w)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu.library.cache_clear()
+    try:
+        monkeypatch.setattr(cpu, "__file__", str(tmp_path / "__init__.py"))
+        assert "needs a C++ compiler" in refusal("cpu", "linear", "cpu", SPECS["int4-g128"])
+        suffix = cpu.EXTENSION_SUFFIXES[0]
+        (tmp_path / f"_kernels{suffix}").write_bytes(b"not a library")
+        cpu.library.cache_clear()
+        assert refusal("cpu", "linear", "cpu", SPECS["int4-g128"]).startswith("can't be loaded")
+    finally:
+        monkeypatch.undo()
+        cpu.library.cache_clear()
+    assert not refusal("cpu", "linear", "cpu", SPECS["int4-g128"])
+
+
+def test_what_it_refuses() -> None:
+    said: dict[str, Any] = {name: refusal("cpu", "linear", "cpu", SPECS[name]) for name in ("f32", "mxfp4")}
+    assert "f32" in said["f32"]
+    assert "e8m0" in said["mxfp4"]
