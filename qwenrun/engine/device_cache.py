@@ -132,6 +132,8 @@ class DeviceCache:
         return self.table.slot_of[keys]
 
     def hold(self, key: int) -> bool:
+        if key in self._waiting and (self.host.failed(key) or self.host.table.slot_of[key] < 0):
+            self._drop(key)
         slot = int(self.table.slot_of[key])
         if slot >= 0:
             self.table.pin(slot)
@@ -175,6 +177,10 @@ class DeviceCache:
             self.host.wait(key for key in keys if key in self._waiting)
             for key in keys:
                 self._advance(key)
+        except Exception:
+            for key in [k for k in self._waiting if self.host.table.slot_of[k] < 0]:
+                self._drop(key)
+            raise
         finally:
             self.stats.stall_seconds += time.perf_counter() - begun
         return [key for key in keys if self.ready(key)]
@@ -183,13 +189,8 @@ class DeviceCache:
         """Begin the copy of a claimed expert whose bytes are in RAM."""
         if key not in self._waiting:
             return
-        try:
-            if not self.host.ready(key):
-                return
-        except Exception:
-            self._waiting.discard(key)
-            self.table.drop(key)
-            raise
+        if not self.host.ready(key):
+            return
         slot = int(self.table.slot_of[key])
         source = self.host.slots[int(self.host.table.slot_of[key])]
         mark = self._mover.copy(source, self.slots[slot], self._readers.pop(slot, None))
@@ -197,6 +198,12 @@ class DeviceCache:
         self._copies[key] = mark
         self._lent.append((mark, key))
         self.stats.copied_bytes += self.record
+
+    def _drop(self, key: int) -> None:
+        """What was to be copied did not reach RAM."""
+        self._waiting.discard(key)
+        if self.table.slot_of[key] >= 0:
+            self.table.drop(key)
 
     def _take_back(self, block: bool) -> None:
         """Release the slots in RAM whose copies are done; wait for the oldest if `block`."""

@@ -92,10 +92,15 @@ class ExpertCache:
         read = self._reads.get(key)
         if read is None:
             return True
-        if not read.done():
+        if not read.done() or read.exception() is not None:
             return False
-        self._landed(key, read)
+        self._landed(key)
         return True
+
+    def failed(self, key: int) -> bool:
+        """Whether the expert's read ended with an error, which nobody has been told yet."""
+        read = self._reads.get(key)
+        return read is not None and read.done() and read.exception() is not None
 
     def lookup(self, keys: np.ndarray) -> np.ndarray | None:
         """The slots of `keys`, if every one of them is ready; else None."""
@@ -110,10 +115,14 @@ class ExpertCache:
 
     def hold(self, key: int) -> bool:
         """Pin the expert's slot, until `release`; begin to read it if it has none. False if all slots are pinned."""
+        if self.failed(key):
+            # An old error, of a pass that ended with another one: this is a new try.
+            self._forget(key)
         slot = int(self.table.slot_of[key])
         if slot >= 0:
             self.table.pin(slot)
             return True
+        self._sweep()
         slot = self.table.claim(key)
         if slot < 0:
             return False
@@ -133,23 +142,39 @@ class ExpertCache:
         """Those of the held `keys` that are ready, after waiting for the first if none is. Raises what its read
         raised; that expert then has no slot."""
         keys = list(keys)
+        self._raise_failed(keys)
         arrived = [key for key in keys if self.ready(key)]
         if arrived or not keys:
             return arrived
         begun = time.perf_counter()
         wait([self._reads[key] for key in keys], return_when=FIRST_COMPLETED)
         self.stats.stall_seconds += time.perf_counter() - begun
+        self._raise_failed(keys)
         return [key for key in keys if self.ready(key)]
 
-    def _landed(self, key: int, read: Future[None]) -> None:
+    def _raise_failed(self, keys: Iterable[int]) -> None:
+        for key in keys:
+            if self.failed(key):
+                error = self._reads[key].exception()
+                self._forget(key)
+                assert error is not None
+                raise error
+
+    def _landed(self, key: int) -> None:
         del self._reads[key]
-        slot = int(self.table.slot_of[key])
-        error = read.exception()
-        if error is not None:
-            self.table.drop(key)
-            raise error
-        self.table.unpin(slot)
+        self.table.unpin(int(self.table.slot_of[key]))
         self.stats.disk_bytes += self.record
+
+    def _forget(self, key: int) -> None:
+        """A read has failed: its slot is free, and the expert has none."""
+        del self._reads[key]
+        self.table.drop(key)
+
+    def _sweep(self) -> None:
+        """Let go what reads that nobody waits for any more have pinned."""
+        for key, read in list(self._reads.items()):
+            if read.done() and not self.ready(key) and self.table.pins(int(self.table.slot_of[key])) == 1:
+                self._forget(key)
 
     # -- reading ahead -----------------------------------------------------------------------------------------
 

@@ -68,6 +68,10 @@ class SlotTable:
             key = self.key_of[slot]
             self._worth[slot] = self._score[key] if key >= 0 else -1.0
 
+    def pins(self, slot: int) -> int:
+        """How often the slot is pinned."""
+        return int(self._pins[slot])
+
     def drop(self, key: int) -> None:
         """Free the slot of `key`, whoever pinned it: what should be in it did not arrive."""
         slot = self.slot_of[key]
