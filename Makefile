@@ -20,7 +20,18 @@ DEMO_MODEL := qwenrun/demo/model
 DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model demo-eval test lint type fmt bench docs wheel clean
+.PHONY: help setup demo demo-model demo-eval test lint type fmt bench bench-budget bench-peer synth docs wheel clean
+
+# What `make synth` writes, and where; what the budget and peer benchmarks run on.
+MODEL ?= 122b
+LAYERS ?= 4
+EXPERTS ?= 256
+RECIPE ?= int4
+SKEW ?= 0
+OUT ?= build/synth.pack
+BENCH := build/bench
+PEER_VENV ?= build/peer-venv
+LIMIT ?= none,1500MiB,1000MiB
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +98,25 @@ bench: setup ## prefill and decode speed of the demo model, bf16 beside its quan
 	  $(BIN)/qwenrun quantize $(DEMO_MODEL) -o build/demo-$$recipe.pack --recipe $$recipe --force --quiet >/dev/null; \
 	  $(BIN)/qwenrun bench -m build/demo-$$recipe.pack; \
 	done
+
+synth: setup ## a pack of random weights: MODEL= LAYERS= EXPERTS= RECIPE= SKEW= OUT=
+	$(BIN)/python -m qwenrun.measure.synth $(OUT) --model $(MODEL) --layers $(LAYERS) --experts $(EXPERTS) \
+	  --recipe $(RECIPE) --skew $(SKEW) $(ARGS)
+
+bench-budget: setup ## speed inside 25, 50, 75 and 100 % of the memory, even and skewed routing (13 GB of disk)
+	@mkdir -p $(BENCH)
+	@test -e $(BENCH)/even.pack || $(BIN)/python -m qwenrun.measure.synth $(BENCH)/even.pack --layers 4 --recipe int4
+	@test -e $(BENCH)/skewed.pack \
+	  || $(BIN)/python -m qwenrun.measure.synth $(BENCH)/skewed.pack --layers 4 --recipe int4 --skew 1
+	$(BIN)/python -m qwenrun.measure.budget $(BENCH)/even.pack $(BENCH)/skewed.pack $(ARGS)
+
+$(PEER_VENV)/bin/python:
+	$(PYTHON) -m venv $(PEER_VENV)
+	CMAKE_ARGS="-DGGML_NATIVE=on -DLLAMA_CURL=off" $(PEER_VENV)/bin/pip install 'llama-cpp-python>=0.3.36'
+
+bench-peer: setup $(PEER_VENV)/bin/python ## beside llama.cpp in the same memory (root, cgroup v1, 8 GB of disk): LIMIT=
+	$(BIN)/python -m qwenrun.measure.peer make $(BENCH)/peer
+	$(BIN)/python -m qwenrun.measure.peer run $(BENCH)/peer --python $(PEER_VENV)/bin/python --limit $(LIMIT) $(ARGS)
 
 docs: setup ## write the generated pages (docs/cli.md, docs/ops.md)
 	$(BIN)/python docs/generate.py
