@@ -23,7 +23,7 @@ from qwenrun.plan.planner import Plan
 # Tensors begin at multiples of a cache line; slots of experts at pages, where O_DIRECT can read to.
 ALIGN, PAGE = 64, 4096
 # mallopt's number for it (malloc.h), and the bytes from which on a block is mapped and unmapped by itself.
-_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 1 << 20
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 8 << 20
 # Counted in the plan, but allocated for a moment by torch, or there before the arena was.
 NOT_HELD = ("workspace", "runtime")
 

@@ -37,7 +37,11 @@ def test_one_answer_in_a_pipe(qwenrun: Run, demo_pack: Path, question: str, answ
     assert done.stdout == answer["answer"].rstrip("\n") + "\n"
     assert "\x1b" not in done.stdout + done.stderr
     assert answer["reasoning"].strip() not in done.stdout + done.stderr
-    assert re.fullmatch(r"prompt \d+ tokens .* tok/s, answer \d+ tokens .*\n", notes(done.stderr))
+    plan, speed, prompt, rest = notes(done.stderr).splitlines()
+    assert re.match(r"RAM [\d.]+ MiB: weights .*, KV@4k .*, experts 64 of 64 \(100%\)", plan)
+    assert re.fullmatch(r"prompt \d+ tokens .* tok/s, answer \d+ tokens .*", speed)
+    assert re.fullmatch(r"experts of the prompt: hits [\d.]+%, .* a token from disk, stalled .*", prompt)
+    assert rest.startswith("experts of the answer: hits ")
 
 
 def test_piped_text_and_the_prompt_are_one_question(qwenrun: Run, demo_pack: Path) -> None:
@@ -56,9 +60,10 @@ def test_piped_text_alone_and_the_embedded_model(qwenrun: Run, question: str) ->
     assert done.returncode == 0
     assert done.stdout.endswith("\n")
     assert done.stdout.strip()
-    first, second = notes(done.stderr).splitlines()
+    first, plan, last = notes(done.stderr).splitlines()
     assert "demo" in first
-    assert "--max-tokens 2" in second
+    assert plan.startswith("RAM ")
+    assert "--max-tokens 2" in last
 
 
 def test_the_same_seed_gives_the_same_answer(qwenrun: Run, demo_pack: Path) -> None:
@@ -79,7 +84,8 @@ CHAT_KEYS = {
     ],
     "stats": [
         *("prompt_tokens", "cached_tokens", "generated_tokens", "decode_steps", "prefill_seconds"),
-        *("decode_seconds", "prefill_tokens_per_second", "decode_tokens_per_second"),
+        *("decode_seconds", "prefill_experts", "decode_experts"),
+        *("prefill_tokens_per_second", "decode_tokens_per_second"),
     ],
 }
 
@@ -242,7 +248,8 @@ def test_130_interrupted(home: Path, demo_pack: Path) -> None:
     rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (first + rest).endswith(b"\n")
-    assert notes(err.decode()) == "interrupted\n"
+    plan, said = notes(err.decode()).splitlines()
+    assert (plan[:4], said) == ("RAM ", "interrupted")
 
 
 def test_141_nobody_reads(home: Path, demo_pack: Path) -> None:
@@ -252,7 +259,7 @@ def test_141_nobody_reads(home: Path, demo_pack: Path) -> None:
     process.stdout.close()
     assert process.wait(60) == 141
     assert process.stderr
-    assert notes(process.stderr.read().decode()) == ""
+    assert re.fullmatch(r"RAM .*\n", notes(process.stderr.read().decode()))
 
 
 def test_1_a_full_disk_is_no_success(home: Path) -> None:
