@@ -220,7 +220,7 @@ class PackReader:
         """Read rows `start`.. of an array of the dense file into a contiguous tensor of as many rows."""
         entry = self._dense[name]
         row = entry.nbytes // entry.shape[0] if entry.shape else entry.nbytes
-        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        view = out.view(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         at, done = entry.start + start * row, 0
         try:
             while done < len(view):

@@ -64,7 +64,7 @@ class ExpertCache:
         self.slots = slots
         self.record = slots.shape[1]
         self.stats = CacheStats()
-        self._bytes = memoryview(slots.numpy()).cast("B")
+        self._bytes = slots.numpy().data.cast("B")
         self._store = store
         self._reads: dict[int, Future[None]] = {}
         self._ahead: dict[str, set[int]] = {prefix: set() for prefix in files}

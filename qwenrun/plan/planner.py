@@ -175,8 +175,9 @@ def place(config: ModelConfig, weights: Weights, run: Run, budget: Budget) -> Pl
     """
     need = _need(config, weights, run, budget.gpu)
     host_fixed = (Buffer("runtime", "runtime", RUNTIME),) if budget.gpu else ()
+    disk: tuple[Buffer, ...] = ()
     if budget.device is None or need.most <= budget.device:
-        fixed, disk = need.fixed + need.embedding, ()
+        fixed = need.fixed + need.embedding
         pools = tuple(replace(pool, slots=pool.experts) for pool in need.pools)
     elif need.least <= budget.device:
         fixed, disk = need.fixed, need.embedding

@@ -46,7 +46,7 @@ def test_resident_memory_stays_inside_the_plan(large: Path, share: float) -> Non
         assert experts > 5 * plan["routed"]
     planned = plan["total"] - plan["runtime"]
     over = found["peak_rss_bytes"] - found["baseline_rss_bytes"] - planned
-    assert over <= max(0.03 * planned, 32 << 20), f"{over:,} bytes over a plan of {planned:,}"
+    assert over <= max(0.03 * planned, 64 << 20), f"{over:,} bytes over a plan of {planned:,}"
     # And what is there before the model is no more than the plan says.
     assert found["baseline_rss_bytes"] <= RUNTIME
 

@@ -316,7 +316,7 @@ def test_the_prose_is_what_is_computed() -> None:
     prose = re.sub(r"## Does it fit 80 GB\?.*?## Tiers", "", prose)
     rest = re.sub(
         r"2\^30|10\^9|2 \(keys, values\)|Qwen3\.5-122B-A10B|122B|4 KiB|INT8|int8|BF16|float16|float32|"
-        r"at 90 % of them|3 % of the plan or 32 MiB",
+        r"at 90 % of them|3 % of the plan or 64 MiB",
         "",
         prose,
     )
