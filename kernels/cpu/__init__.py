@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qwenrun.kernels import ref
 from qwenrun.kernels.dispatch import Backend
+from qwenrun.kernels.ref.linear import top_k
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
@@ -94,21 +95,13 @@ def _matrix(w: Weight) -> _Matrix:
 
 
 # Weights live as long as their model, and their structs are asked for at every call.
-_known: dict[tuple[int, ...], _Matrix] = {}
+_known: dict[tuple[object, ...], _Matrix] = {}
 
 
 def _described(w: Weight) -> _Matrix:
-    codes, scales = w.codes, w.scales
-    key = (
-        codes.data_ptr(),
-        scales.data_ptr() if scales is not None else 0,
-        w.rows,
-        w.cols,
-        codes.stride(0),
-        w.spec.block,
-        w.zeros is not None,
-        codes.dim(),
-    )
+    # All that goes into the struct: where one array has been freed, another's may begin.
+    arrays = (w.codes, w.scales, w.zeros, w.tensor_scale)
+    key = (w.spec, w.rows, w.cols, *(None if t is None else (t.data_ptr(), t.stride(), t.shape) for t in arrays))
     found = _known.get(key)
     if found is None:
         if len(_known) > 8192:
@@ -133,9 +126,7 @@ def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `qwenrun.kernels.ops.router`. A gate that is not BF16 is the reference's."""
     if gate.dtype != torch.bfloat16:
         return ref.router(x, gate, k)
-    probabilities = linear(_float_rows(x), Weight.plain(gate)).softmax(-1)
-    weight, index = probabilities.topk(k, dim=-1)
-    return index, weight / weight.sum(-1, keepdim=True)
+    return top_k(linear(_float_rows(x), Weight.plain(gate)), k)
 
 
 def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:

@@ -116,6 +116,16 @@ def test_one_large_channel_spoils_its_own_block_alone(storage: str) -> None:
     assert error(cpu.linear(x, w), exact(x, w)) < 1.5e-2
 
 
+def test_weights_that_share_an_array_are_told_apart() -> None:
+    for storage, name in (("nvfp4", "tensor_scale"), ("int4-g32-zero", "zeros")):
+        w = ref.encode(torch.randn(8, 128), SPECS[storage])
+        x = torch.randn(1, 128)
+        cpu.linear(x, w)
+        parts = w.parts | {name: torch.flip(w.parts[name] + 1, [0])}
+        other = Weight.from_parts(w.spec, w.rows, w.cols, parts)
+        assert error(cpu.linear(x, other), exact(x, other)) < 1.5e-2
+
+
 def test_zero_blocks_and_zero_rows() -> None:
     w = ref.encode(torch.randn(8, 256), SPECS["int4-g64"])
     assert torch.equal(cpu.linear(torch.zeros(2, 256), w), torch.zeros(2, 8))
