@@ -24,21 +24,24 @@ from qwenrun.errors import QwenrunError, exit_code
 HALF_LIVES = (1.0, 16.0, 64.0, 256.0, 1024.0, 1e9)
 SHARES = (0.1, 0.25, 0.5, 0.75)
 
-# One entry a layer and pass: the keys asked for (layer * experts + expert), and how many tokens wanted each.
-Trace = list[tuple[np.ndarray, np.ndarray]]
+# One entry a layer and pass: the keys asked for (layer * experts + expert), how many tokens wanted each, and how many
+# tokens the layer had then seen.
+Trace = list[tuple[np.ndarray, np.ndarray, int]]
 
 
 def record(engine: Any, prompts: Sequence[str], tokens: int) -> tuple[Trace, int]:
     """The routes of answers to `prompts`, each at most `tokens` long, sampled as the model's authors advise; and the
     number of experts in all layers."""
     first: dict[str, int] = {}
+    seen: dict[str, int] = {}
     trace: Trace = []
     count = engine.config.num_experts
 
     def sink(layer: str, chosen: np.ndarray) -> None:
         base = first.setdefault(layer, len(first) * count)
         keys, counts = np.unique(chosen, return_counts=True)
-        trace.append((keys + base, counts))
+        seen[layer] = seen.get(layer, 0) + len(chosen)
+        trace.append((keys + base, counts, seen[layer]))
 
     engine.record_routes(sink)
     try:
@@ -65,7 +68,7 @@ def made_up(layers: int, experts: int, top_k: int, tokens: int, zipf: float, see
                 order[some] = order[rng.permutation(some)]
             # The k largest of weights^(1/u): k draws without replacement.
             ranks = np.argpartition(np.log(rng.random(experts)) / weights, -top_k)[-top_k:]
-            trace.append((np.sort(order[ranks]) + layer * experts, ones))
+            trace.append((np.sort(order[ranks]) + layer * experts, ones, token + 1))
     return trace, layers * experts
 
 
@@ -73,10 +76,7 @@ def replay(trace: Trace, experts: int, slots: int, half_life: float) -> float:
     """The hit rate of the engine's SlotTable, pooled over all layers, from empty."""
     table = SlotTable(experts, slots, half_life)
     hits = lookups = 0
-    passes: dict[int, float] = {}
-    for keys, counts in trace:
-        now = passes[int(keys[0])] = passes.get(int(keys[0]), 0.0) + 1.0
-        now = max(passes.values()) if len(passes) < 512 else now
+    for keys, counts, now in trace:
         for key, count in zip(keys.tolist(), counts.tolist()):
             table.touch(key, count, now)
         held = []
@@ -98,7 +98,7 @@ def replay(trace: Trace, experts: int, slots: int, half_life: float) -> float:
 def best_possible(trace: Trace, experts: int, slots: int) -> float:
     """The hit rate of a cache that throws out what is asked for latest in the future."""
     uses: list[deque[int]] = [deque() for _ in range(experts)]
-    flat = [int(key) for keys, _ in trace for key in keys]
+    flat = [int(key) for keys, _, _ in trace for key in keys]
     for at, key in enumerate(flat):
         uses[key].append(at)
     following = np.full(experts, -1.0)  # next use of those that are held
