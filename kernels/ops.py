@@ -89,6 +89,14 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Ten
     return pick("experts", x.device.type, gate_up.spec)(x, gate_up, down, index, weight)
 
 
+def sum_in_order(rows: Tensor) -> Tensor:
+    """The sum of [T, k, H] over k, its addends in order: the same bits however the rows were computed."""
+    out = rows[:, 0].clone()
+    for j in range(1, rows.shape[1]):
+        out += rows[:, j]
+    return out
+
+
 def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The top k of softmax(gate x) over all experts in float32, renormalised to sum 1.
 

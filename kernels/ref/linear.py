@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwenrun.kernels.ops import sum_in_order
 from qwenrun.kernels.ref.codec import decode
 from qwenrun.kernels.weight import Weight
 
@@ -36,8 +37,12 @@ def embedding(ids: Tensor, w: Weight) -> Tensor:
 
 def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `qwenrun.kernels.ops.router`."""
-    probabilities = F.linear(x.float(), gate.float()).softmax(-1)
-    weight, index = probabilities.topk(k, dim=-1)
+    return top_k(F.linear(x.float(), gate.float()), k)
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The choice of a router from its logits f32 [T, E]: index, and renormalised weight."""
+    weight, index = logits.softmax(-1).topk(k, dim=-1)
     return index, weight / weight.sum(-1, keepdim=True)
 
 
@@ -54,15 +59,7 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Ten
         hidden = _swiglu(linear(x[pairs // k].float(), gate_up[expert]))
         rows[pairs] = linear(hidden, down[expert]) * weights[pairs, None]
         start += count
-    return _in_order(rows.view(tokens, k, -1)).to(x.dtype)
-
-
-def _in_order(rows: Tensor) -> Tensor:
-    """The sum over the second dimension, its addends in order: the same bits however the rows were computed."""
-    out = rows[:, 0].clone()
-    for j in range(1, rows.shape[1]):
-        out += rows[:, j]
-    return out
+    return sum_in_order(rows.view(tokens, k, -1)).to(x.dtype)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:

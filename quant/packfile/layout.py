@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -78,6 +78,15 @@ def expert_layout(pair: Mapping[TensorInfo, Assignment]) -> ExpertLayout:
     return ExpertLayout(tuple(slices), -(-offset // RECORD_ALIGN) * RECORD_ALIGN)
 
 
+def expert_pairs(stored: Iterable[tuple[TensorInfo, Assignment]]) -> dict[str, dict[TensorInfo, Assignment]]:
+    """The fused tensors of each layer's routed experts, by the layer's prefix, in the order they come in."""
+    pairs: dict[str, dict[TensorInfo, Assignment]] = {}
+    for info, how in stored:
+        if info.is_experts:
+            pairs.setdefault(info.name.rpartition(".")[0], {})[info] = how
+    return pairs
+
+
 def expert_file(prefix: str) -> str:
     """The file of a layer's experts: `...layers.7.mlp.experts` -> experts-07.bin, in `mtp.` experts-mtp-00.bin."""
     found = _LAYER.search(prefix)
@@ -112,6 +121,11 @@ class Manifest:
     tensors: dict[str, TensorEntry]
     files: dict[str, tuple[int, str]]
     records: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> list[tuple[TensorInfo, Assignment]]:
+        """Every tensor, and how it is stored."""
+        return [(entry.info, entry.assignment) for entry in self.tensors.values()]
 
     def to_json(self) -> dict[str, Any]:
         """The document, with its own checksum in `manifest_sha256`."""

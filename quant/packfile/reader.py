@@ -27,6 +27,7 @@ from qwenrun.quant.packfile.layout import (
     Manifest,
     expert_file,
     expert_layout,
+    expert_pairs,
     read_manifest,
 )
 from qwenrun.quant.packfile.safetensors import DTYPES, Entry, read_header
@@ -131,13 +132,9 @@ class PackReader:
         return entries
 
     def _check_experts(self) -> dict[str, tuple[ExpertLayout, int]]:
-        pairs: dict[str, dict] = {}
-        for name, entry in self.tensors.items():
-            if entry.info.is_experts:
-                pairs.setdefault(name.rpartition(".")[0], {})[entry.info] = entry.assignment
         layouts: dict[str, tuple[ExpertLayout, int]] = {}
         owners: dict[str, str] = {}
-        for prefix, pair in pairs.items():
+        for prefix, pair in expert_pairs(self.manifest.stored).items():
             owner = owners.setdefault(expert_file(prefix), prefix)
             if owner != prefix:
                 raise PackError(f"{self.path}: {owner} and {prefix} would share {expert_file(prefix)}", hint=_HINT)
@@ -178,14 +175,14 @@ class PackReader:
         """A tensor that was kept as it was, in its own dtype and shape."""
         return self._stored(name)
 
-    def weight(self, name: str) -> Weight:
-        """A dense matrix, encoded or kept."""
-        entry = self.tensors[name]
+    def weight(self, name: str, load: Callable[[str], Tensor] | None = None) -> Weight:
+        """A dense matrix, encoded or kept. load: gives the array of a stored name; by default a view of the file."""
+        load, entry = load or self._stored, self.tensors[name]
         if entry.assignment.spec is None:
-            return Weight.plain(self._stored(name))
+            return Weight.plain(load(name))
         rows, cols = entry.info.shape
         parts = entry.spec.parts(rows, cols, entry.info.tensor_scales)
-        return Weight.from_parts(entry.spec, rows, cols, {p.name: self._stored(f"{name}.{p.name}") for p in parts})
+        return Weight.from_parts(entry.spec, rows, cols, {p.name: load(f"{name}.{p.name}") for p in parts})
 
     def experts(self, prefix: str) -> ExpertBlock:
         """The routed experts of a layer; `prefix` is such as `model.language_model.layers.3.mlp.experts`."""

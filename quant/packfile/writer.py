@@ -37,6 +37,7 @@ from qwenrun.quant.packfile.layout import (
     TensorEntry,
     expert_file,
     expert_layout,
+    expert_pairs,
 )
 from qwenrun.quant.packfile.safetensors import build_header
 
@@ -99,10 +100,7 @@ class PackWriter:
         return dict(sorted(planned.items(), key=lambda item: -DTYPE_BYTES[item[1][0]]))
 
     def _plan_experts(self) -> dict[str, tuple[ExpertLayout, int]]:
-        pairs: dict[str, dict] = {}
-        for name, entry in self._entries.items():
-            if entry.info.is_experts:
-                pairs.setdefault(name.rpartition(".")[0], {})[entry.info] = entry.assignment
+        pairs = expert_pairs((entry.info, entry.assignment) for entry in self._entries.values())
         return {prefix: (expert_layout(pair), next(iter(pair)).shape[0]) for prefix, pair in pairs.items()}
 
     def __enter__(self) -> PackWriter:

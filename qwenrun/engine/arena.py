@@ -31,24 +31,21 @@ NOT_HELD = ("workspace", "runtime")
 class Arena:
     """Tensors by name: `arena[name]` on the device, `arena.host[name]` in RAM beside a GPU.
 
-    nbytes: the bytes of all of them, which is the plan's figure. region_bytes: what was taken for them, up to 64
-    bytes a tensor more.
+    nbytes: the bytes of all of them, which is the plan's figure; up to 64 bytes a tensor more are taken.
     """
 
-    def __init__(self, device: torch.device, tensors: dict[str, Tensor], host: dict[str, Tensor], region: int) -> None:
+    def __init__(self, device: torch.device, tensors: dict[str, Tensor], host: dict[str, Tensor]) -> None:
         self.device = device
         self._tensors = tensors
         self.host = host
-        self.region_bytes = region
 
     @classmethod
     def from_plan(cls, plan: Plan, device: torch.device | str = "cpu") -> Arena:
         """Take the memory of `plan`. Raises DoesNotFitError if the system refuses it."""
         device = torch.device(device)
         _give_back_large_blocks()
-        tensors, region = _take(plan.device, device)
-        host, host_region = _take(plan.host, torch.device("cpu"), pinned=device.type == "cuda")
-        return cls(device, tensors, host, region + host_region)
+        pinned = device.type == "cuda"
+        return cls(device, _take(plan.device, device), _take(plan.host, torch.device("cpu"), pinned))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -76,7 +73,7 @@ def _give_back_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
-def _take(buffers: Iterable[Buffer], device: torch.device, pinned: bool = False) -> tuple[dict[str, Tensor], int]:
+def _take(buffers: Iterable[Buffer], device: torch.device, pinned: bool = False) -> dict[str, Tensor]:
     places: list[tuple[Buffer, int]] = []
     end = 0
     for buffer in buffers:
@@ -87,7 +84,7 @@ def _take(buffers: Iterable[Buffer], device: torch.device, pinned: bool = False)
         places.append((buffer, end))
         end += buffer.nbytes
     region = _region(end, device, pinned)
-    return {b.name: _view(region[at : at + b.nbytes], b) for b, at in places}, end
+    return {b.name: _view(region[at : at + b.nbytes], b) for b, at in places}
 
 
 def _view(data: Tensor, buffer: Buffer) -> Tensor:

@@ -13,13 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from qwenrun.engine.expert_cache import CacheStats, ExpertCache
-from qwenrun.engine.slots import HALF_LIFE, SlotTable
-from qwenrun.kernels.weight import Weight
+from qwenrun.engine.events import ExpertUse
+from qwenrun.engine.expert_cache import ExpertCache, SlotCache
+from qwenrun.engine.slots import HALF_LIFE
 
 Mark = Any
 
@@ -70,16 +69,12 @@ class CudaMover:
         mark.synchronize()
 
 
-class DeviceCache:
-    """Slots [S, record] uint8 on a device over an ExpertCache in RAM."""
+class DeviceCache(SlotCache):
+    """Slots on a device over an ExpertCache in RAM."""
 
     def __init__(self, host: ExpertCache, slots: Tensor, mover: Mover, half_life: float = HALF_LIFE) -> None:
+        super().__init__(host.files, slots, half_life)
         self.host = host
-        self.first = host.first
-        self.slots = slots
-        self.record = slots.shape[1]
-        self.table = SlotTable(len(host.table.slot_of), slots.shape[0], half_life)
-        self.stats = CacheStats()
         self._mover = mover
         # Experts claimed on the device whose bytes are not in RAM yet; copies begun, and not waited for.
         self._waiting: set[int] = set()
@@ -87,25 +82,24 @@ class DeviceCache:
         # Copies whose slots in RAM are still theirs, and the last kernels that read a slot on the device.
         self._lent: list[tuple[Mark, int]] = []
         self._readers: dict[int, Mark] = {}
-        self._ahead: dict[str, set[int]] = {prefix: set() for prefix in host.files}
 
-    def counts(self) -> CacheStats:
+    def counts(self) -> ExpertUse:
         """The counts of both tiers; hits and waiting are those of the device."""
         return replace(self.stats, disk_bytes=self.host.stats.disk_bytes)
 
-    def stacks(self, prefix: str) -> tuple[Weight, Weight]:
-        """gate_up and down of a layer as stacks over all slots on the device."""
-        return self.host.files[prefix].stacks(self.slots)
+    def _under_way(self) -> int:
+        return len(self._waiting)
+
+    def _unsettled(self) -> bool:
+        return bool(self._waiting or self._copies)
 
     def touch(self, keys: Sequence[int], counts: Sequence[int], now: float) -> None:
-        for key, count in zip(keys, counts):
-            self.table.touch(key, count, now)
+        super().touch(keys, counts, now)
         # To RAM an expert that has a slot on the device is worth less: it is asked for above.
         absent = [(key, count) for key, count in zip(keys, counts) if self.table.slot_of[key] < 0]
         self.host.touch([key for key, _ in absent], [count for _, count in absent], now)
 
     def ready(self, key: int) -> bool:
-        """Whether kernels begun from now on find the expert in its slot."""
         if self.table.slot_of[key] < 0 or key in self._waiting:
             return False
         copy = self._copies.pop(key, None)
@@ -113,23 +107,10 @@ class DeviceCache:
             self._mover.wait_for(copy)
         return True
 
-    def lookup(self, keys: np.ndarray) -> np.ndarray | None:
-        slots = self.table.slot_of[keys]
-        if slots.min() < 0 or (
-            (self._waiting or self._copies) and not all(self.ready(int(k)) for k in np.unique(keys))
-        ):
-            return None
-        return slots
-
     def used(self, keys: Iterable[int]) -> None:
-        """Kernels that read these experts' slots were just begun."""
         mark = self._mover.mark()
         for key in keys:
             self._readers[int(self.table.slot_of[key])] = mark
-
-    def slots_of(self, keys: np.ndarray) -> np.ndarray:
-        """int64, as many as keys: where held experts lie."""
-        return self.table.slot_of[keys]
 
     def hold(self, key: int) -> bool:
         if key in self._waiting and (self.host.failed(key) or self.host.table.slot_of[key] < 0):
@@ -159,11 +140,6 @@ class DeviceCache:
         for key in [k for k in self._waiting if self.table.slot_of[k] < 0]:
             self._waiting.discard(key)
             self.host.release(key)
-
-    def release(self, key: int) -> None:
-        slot = int(self.table.slot_of[key])
-        if slot >= 0:
-            self.table.unpin(slot)
 
     def wait(self, keys: Iterable[int]) -> list[int]:
         keys = list(keys)
@@ -216,20 +192,3 @@ class DeviceCache:
             else:
                 kept.append((mark, key))
         self._lent = kept
-
-    def prefetch(self, prefix: str, experts: Iterable[int], limit: int) -> None:
-        for expert in experts:
-            key = self.first[prefix] + expert
-            if len(self._waiting) >= limit:
-                return
-            if self.table.slot_of[key] < 0 and self.hold(key):
-                self._ahead[prefix].add(key)
-                self.stats.ahead += 1
-
-    def forget_ahead(self, prefix: str, used: Iterable[int]) -> None:
-        ahead = self._ahead[prefix]
-        if ahead:
-            self.stats.ahead_used += len(ahead.intersection(used))
-            for key in ahead:
-                self.release(key)
-            ahead.clear()

@@ -22,7 +22,7 @@ import torch
 
 from qwenrun.engine.arena import Arena
 from qwenrun.engine.defaults import read_defaults
-from qwenrun.engine.expert_cache import CacheStats
+from qwenrun.engine.events import ExpertUse
 from qwenrun.engine.experts import Experts
 from qwenrun.engine.sampler import SamplingParams
 from qwenrun.engine.session import Session
@@ -35,7 +35,7 @@ from qwenrun.model.inventory import match
 from qwenrun.model.moe import Routed
 from qwenrun.model.qwen3_5 import Model
 from qwenrun.plan.buffers import Run, read_per_token
-from qwenrun.plan.device import SHARE, free_memory
+from qwenrun.plan.device import SHARE, spare_memory
 from qwenrun.plan.planner import Budget, Plan, place, weigh
 from qwenrun.quant.packfile.checkpoint import Checkpoint
 from qwenrun.quant.packfile.layout import MANIFEST
@@ -119,7 +119,7 @@ class Engine:
             config = ModelConfig.from_hf(pack.config, name=path.resolve().name)
             found = {name: (entry.info.shape, entry.info.dtype) for name, entry in pack.tensors.items()}
             match(config, found, str(path))
-            stored = [(entry.info, entry.assignment) for entry in pack.tensors.values()]
+            stored = pack.manifest.stored
             run = run_for(config)
             plan = place(config, weigh(config, stored, run), run, budget)
             arena = Arena.from_plan(plan, target)
@@ -211,9 +211,9 @@ class Engine:
         """Bytes of the arena: every buffer of the plan but the workspace and the runtime's own memory."""
         return self._arena.nbytes
 
-    def expert_stats(self) -> CacheStats:
+    def expert_stats(self) -> ExpertUse:
         """Counts of the expert cache since the engine was opened; all zero if there is none."""
-        return self._experts.stats() if self._experts else CacheStats()
+        return self._experts.stats() if self._experts else ExpertUse()
 
     def disk_reads(self) -> tuple[int, float]:
         """Bytes of experts read from disk since the engine was opened, and seconds in which any read was under way."""
@@ -261,8 +261,7 @@ class Engine:
 
 def _budget(device: torch.device, ram: int | None, vram: int | None) -> Budget:
     """What was asked for, else what is free now."""
-    free = free_memory() if ram is None else None
-    ram = int(free * SHARE) if free is not None else ram
+    ram = spare_memory() if ram is None else ram
     if device.type != "cuda":
         if vram is not None:
             raise UsageError("--vram has no meaning without a GPU", "--ram SIZE")

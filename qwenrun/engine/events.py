@@ -5,7 +5,7 @@ Knows nothing of how an event is shown, and imports the standard library only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 Kind = Literal["answer", "reasoning"]
@@ -29,9 +29,10 @@ class Token:
     kind: Kind = "answer"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ExpertUse:
-    """What the expert cache did meanwhile; all zero if every expert is in memory from the start.
+    """What the expert cache did: counts that go on, or the difference of two of them; all zero if every expert is in
+    memory from the start.
 
     lookups: experts that layers asked for, each once a layer and pass; `hits` of them were there. disk_bytes: read
     from disk. copied_bytes: moved from RAM to the GPU. stall_seconds: time in which there was nothing to compute.
@@ -52,6 +53,12 @@ class ExpertUse:
     def hit_rate(self) -> float:
         """Share of lookups that found their expert; 1.0 if nothing was asked for."""
         return self.hits / self.lookups if self.lookups else 1.0
+
+    def __add__(self, other: ExpertUse) -> ExpertUse:
+        return ExpertUse(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: ExpertUse) -> ExpertUse:
+        return ExpertUse(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

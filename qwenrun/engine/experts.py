@@ -15,7 +15,8 @@ import torch
 
 from qwenrun.engine.arena import Arena
 from qwenrun.engine.device_cache import CudaMover, DeviceCache, Mover
-from qwenrun.engine.expert_cache import CacheStats, ExpertCache
+from qwenrun.engine.events import ExpertUse
+from qwenrun.engine.expert_cache import ExpertCache, SlotCache
 from qwenrun.engine.expert_store import ExpertStore
 from qwenrun.engine.prefetch import Prefetcher
 from qwenrun.engine.routed import Assist, RoutedExperts
@@ -24,8 +25,6 @@ from qwenrun.model.qwen3_5 import Model
 from qwenrun.plan.device import free_memory
 from qwenrun.plan.planner import Plan
 from qwenrun.quant.packfile.reader import ExpertFile, PackReader
-
-Cache = ExpertCache | DeviceCache
 
 
 class Experts:
@@ -42,14 +41,14 @@ class Experts:
         files = {prefix: pack.expert_file(prefix) for pool in plan.pools for prefix in pool.prefixes}
         self._store = ExpertStore(files, _past_the_page_cache(plan, files) if direct is None else direct)
         self.direct = self._store.direct
-        self._caches: dict[str, Cache] = {}
+        self._caches: dict[str, SlotCache] = {}
         self._assists: dict[str, Assist | None] = {}
         self._routed: dict[str, RoutedExperts] = {}
         for number, pool in enumerate(plan.pools):
             mine = {prefix: files[prefix] for prefix in pool.prefixes}
             slots = arena.host[f"slots.{number}"] if gpu else arena[f"slots.{number}"]
             host = ExpertCache(mine, slots, self._store)
-            cache: Cache = host
+            cache: SlotCache = host
             assist = None
             if gpu:
                 mover = mover or CudaMover(arena.device)
@@ -71,10 +70,10 @@ class Experts:
             names = {id(routed): prefix for prefix, routed in self._routed.items()}
             Prefetcher(model.layers, [(names[id(r)], self._caches[names[id(r)]]) for r in here])
 
-    def stats(self) -> CacheStats:
+    def stats(self) -> ExpertUse:
         """Counts of all pools together."""
         caches = {id(cache): cache for cache in self._caches.values()}
-        return sum((cache.counts() for cache in caches.values()), CacheStats())
+        return sum((cache.counts() for cache in caches.values()), ExpertUse())
 
     def disk_reads(self) -> tuple[int, float]:
         """Bytes read, and seconds in which any read was under way, since the engine was opened."""

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
-from qwenrun.engine.routed import Cache
+from qwenrun.engine.expert_cache import SlotCache
 from qwenrun.model.layer import Layer
 from qwenrun.plan.planner import WINDOW
 
@@ -26,7 +26,7 @@ LONGEST = 4
 class Prefetcher:
     """Looks ahead in all layers of a model. `on`: whether it reads ahead now."""
 
-    def __init__(self, layers: Sequence[Layer], caches: Sequence[tuple[str, Cache] | None]) -> None:
+    def __init__(self, layers: Sequence[Layer], caches: Sequence[tuple[str, SlotCache] | None]) -> None:
         """caches: for each layer the name of its experts and their cache; None if they are not in a cache."""
         self.on = True
         self._cost = {True: 0.0, False: 0.0}
@@ -38,7 +38,7 @@ class Prefetcher:
         for number, (here, there, (prefix, cache)) in enumerate(steps):
             here.between = partial(self._look, number == 0, there, prefix, cache)
 
-    def _look(self, first: bool, there: Layer, prefix: str, cache: Cache, x: Tensor) -> None:
+    def _look(self, first: bool, there: Layer, prefix: str, cache: SlotCache, x: Tensor) -> None:
         if x.shape[0] > LONGEST:
             return
         if first:

@@ -8,37 +8,16 @@ result is the same bits whatever was resident. Knows no file and no thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwenrun.engine.expert_cache import CacheStats, ExpertCache
-from qwenrun.kernels.ops import bind
-from qwenrun.kernels.weight import Weight
+from qwenrun.engine.expert_cache import ExpertCache, SlotCache
+from qwenrun.kernels.ops import bind, sum_in_order
 from qwenrun.plan.planner import WINDOW
-
-
-class Cache(Protocol):
-    """What ExpertCache and DeviceCache have in common."""
-
-    first: dict[str, int]
-    stats: CacheStats
-
-    def stacks(self, prefix: str) -> tuple[Weight, Weight]: ...
-    def touch(self, keys: list[int], counts: list[int], now: float) -> None: ...
-    def ready(self, key: int) -> bool: ...
-    def lookup(self, keys: np.ndarray) -> np.ndarray | None: ...
-    def used(self, keys: Iterable[int]) -> None: ...
-    def hold(self, key: int) -> bool: ...
-    def release(self, key: int) -> None: ...
-    def wait(self, keys: Iterable[int]) -> list[int]: ...
-    def slots_of(self, keys: np.ndarray) -> np.ndarray: ...
-    def prefetch(self, prefix: str, experts: Iterable[int], limit: int) -> None: ...
-    def forget_ahead(self, prefix: str, used: Iterable[int]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +42,7 @@ class Assist:
 class RoutedExperts:
     """The routed experts of the layer `prefix`: a callable as `model.moe` wants it."""
 
-    def __init__(self, prefix: str, cache: Cache, device: torch.device, assist: Assist | None = None) -> None:
+    def __init__(self, prefix: str, cache: SlotCache, device: torch.device, assist: Assist | None = None) -> None:
         self._prefix, self._cache, self._device = prefix, cache, device
         self._first = cache.first[prefix]
         self._stack = cache.stacks(prefix)
@@ -148,7 +127,7 @@ class _Pass:
                 cache.release(key)
             for key in self.lent:
                 self.layer._assist.host.release(key)  # type: ignore[union-attr]
-        return self._sum()
+        return sum_in_order(self.rows.view(*self.shape, -1))
 
     def _feed(self, queue: deque[int], flying: set[int]) -> None:
         while queue and len(flying) < WINDOW and self.cache.hold(queue[0]):
@@ -199,10 +178,3 @@ class _Pass:
         made = self.layer._host_op(x, *self.layer._host_stack, slots[:, None], weight)
         self.rows[at] = made.to(self.x.device)
         self.cache.stats.assisted += len(keys)
-
-    def _sum(self) -> Tensor:
-        rows = self.rows.view(*self.shape, -1)
-        out = rows[:, 0].clone()
-        for j in range(1, self.shape[1]):
-            out += rows[:, j]
-        return out

@@ -323,8 +323,8 @@ class Session:
             steps,
             prefill_seconds,
             decode_seconds,
-            prefilled.since(opened),
-            self._engine.expert_stats().since(prefilled),
+            prefilled - opened,
+            self._engine.expert_stats() - prefilled,
         )
         yield Done(reason, text.of("answer"), text.of("reasoning"), tuple(ids), stats)
 

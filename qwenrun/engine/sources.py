@@ -38,12 +38,7 @@ class PackSource:
         self._read: set[str] = set()
 
     def weight(self, name: str) -> Weight:
-        entry = self._pack.tensors[name]
-        if entry.assignment.spec is None:
-            return Weight.plain(self._load(name))
-        rows, cols = entry.info.shape
-        parts = entry.spec.parts(rows, cols, entry.info.tensor_scales)
-        return Weight.from_parts(entry.spec, rows, cols, {p.name: self._load(f"{name}.{p.name}") for p in parts})
+        return self._pack.weight(name, self._load)
 
     def _load(self, stored: str) -> Tensor:
         """The arena's tensor of a stored array, read the first time it is asked for (a tied table is twice)."""

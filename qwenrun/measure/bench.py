@@ -20,8 +20,6 @@ from qwenrun.measure.machine import machine, peak_rss
 
 if TYPE_CHECKING:
     from qwenrun.engine.engine import Engine
-    from qwenrun.engine.expert_cache import CacheStats
-
 SEED = 0
 
 
@@ -117,8 +115,6 @@ def bench(
     """Measure `runs` runs after one that is not counted. Raises UsageError if they do not fit the context."""
     import torch
 
-    from qwenrun.engine.expert_cache import CacheStats
-
     if prompt_tokens + gen_tokens > engine.run.ctx:
         raise UsageError(
             f"{prompt_tokens:,} + {gen_tokens:,} tokens do not fit in the context of {engine.run.ctx:,}",
@@ -136,7 +132,7 @@ def bench(
             progress(done, total, what)
 
     prefill, decode = [], []
-    uses: dict[str, CacheStats] = {"prefill": CacheStats(), "decode": CacheStats()}
+    prefill_use = decode_use = ExpertUse()
     read_from = engine.disk_reads()
     for number in range(runs + 1):
         before = engine.expert_stats()
@@ -156,8 +152,8 @@ def bench(
             advance("decode")
         decode.append(gen_tokens / spent)
         if number:
-            uses["prefill"] += between - before
-            uses["decode"] += engine.expert_stats() - between
+            prefill_use += between - before
+            decode_use += engine.expert_stats() - between
         else:
             read_from = engine.disk_reads()
     read_bytes, read_seconds = (now - then for now, then in zip(engine.disk_reads(), read_from))
@@ -188,8 +184,8 @@ def bench(
             "experts": engine.plan.experts,
             "resident_experts": engine.plan.slots,
         },
-        prefill_experts=uses["prefill"].since(CacheStats()),
-        decode_experts=uses["decode"].since(CacheStats()),
+        prefill_experts=prefill_use,
+        decode_experts=decode_use,
         disk_read_bandwidth=disk_read,
         peak_rss=rss,
     )

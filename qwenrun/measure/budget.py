@@ -61,7 +61,7 @@ def measure(pack: Path, ram: int, prompt_tokens: int, gen_tokens: int, seed: int
         for token in ids(gen_tokens):
             session.step(token)
         seconds = time.perf_counter() - begun
-        use, fill = engine.expert_stats().since(between), between.since(cold)
+        use, fill = engine.expert_stats() - between, between - cold
         nbytes, busy = (now - then for now, then in zip(engine.disk_reads(), read))
         parts = engine.plan.parts()
         planned = parts["total"] - parts["runtime"]
@@ -106,9 +106,8 @@ def whole(pack: Path, ctx: int) -> int:
     """Bytes with which every expert of a pack is resident."""
     manifest = read_manifest(pack)
     config = ModelConfig.from_hf(manifest.config, name=pack.name)
-    stored = [(entry.info, entry.assignment) for entry in manifest.tensors.values()]
     run = Run(ctx=ctx, mtp=False, vision=False)
-    return whole_budget(config, weigh(config, stored, run), run)
+    return whole_budget(config, weigh(config, manifest.stored, run), run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

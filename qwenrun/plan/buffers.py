@@ -15,7 +15,7 @@ from qwenrun.errors import ModelError, UsageError
 from qwenrun.kernels.spec import Part
 from qwenrun.model.config import ModelConfig
 from qwenrun.plan.workspace import Codes, workspace
-from qwenrun.quant.packfile.layout import expert_layout
+from qwenrun.quant.packfile.layout import expert_layout, expert_pairs
 from qwenrun.quant.recipe import Assignment, TensorInfo, stored_bytes
 
 KV_DTYPES = ("bf16", "int8", "f32")
@@ -146,12 +146,8 @@ def is_held(info: TensorInfo, run: Run) -> bool:
 
 def expert_records(stored: Iterable[tuple[TensorInfo, Assignment]], run: Run) -> dict[str, tuple[int, int, str]]:
     """Routed experts: prefix -> (bytes of a record as a pack has it, experts, part), in the order of the layers."""
-    pairs: dict[str, dict[TensorInfo, Assignment]] = {}
-    for info, how in stored:
-        if info.is_experts and is_held(info, run):
-            pairs.setdefault(info.name.rpartition(".")[0], {})[info] = how
     out = {}
-    for prefix, pair in pairs.items():
+    for prefix, pair in expert_pairs((info, how) for info, how in stored if is_held(info, run)).items():
         info = next(iter(pair))
         out[prefix] = (expert_layout(pair).record_size, info.shape[0], info.part)
     return out

@@ -21,6 +21,12 @@ def free_memory() -> int | None:
     return min((value for value in found if value is not None), default=None)
 
 
+def spare_memory() -> int | None:
+    """Bytes of RAM to plan with if nobody names a budget; None is no limit, for nothing tells."""
+    free = free_memory()
+    return None if free is None else int(free * SHARE)
+
+
 def meminfo(key: str) -> int | None:
     """A figure of /proc/meminfo in bytes."""
     match = re.search(rf"^{key}:\s+(\d+) kB", read_text("/proc/meminfo"), re.MULTILINE)

@@ -108,8 +108,8 @@ class Plan:
 class Weights:
     """The tensors of a model, counted once for many runs: `weigh` makes it.
 
-    dense: buffers, the embedding too. embedding: those of them that may stay on disk. pools: with as few slots as
-    they can do with.
+    dense: buffers that can't be elsewhere. embedding: those that may stay on disk. pools: with as few slots as they
+    can do with.
     """
 
     stored: tuple[tuple[TensorInfo, Assignment], ...]
@@ -127,9 +127,10 @@ def weigh(config: ModelConfig, stored: Stored, run: Run, packed: bool = True) ->
     in memory whole.
     """
     stored = tuple(stored)
-    dense = tuple(weight_buffers([s for s in stored if not (packed and s[0].is_experts)], run, packed))
-    movable = packed and not config.tie_embeddings
-    embedding = tuple(b for b in dense if movable and b.part == "embedding")
+    held = weight_buffers([s for s in stored if not (packed and s[0].is_experts)], run, packed)
+    movable = ("embedding",) if packed and not config.tie_embeddings else ()
+    dense = tuple(b for b in held if b.part not in movable)
+    embedding = tuple(b for b in held if b.part in movable)
     groups: dict[int, list[tuple[str, int]]] = {}
     if packed:
         for prefix, (record, count, _) in expert_records(stored, run).items():
@@ -164,8 +165,7 @@ def _need(config: ModelConfig, weights: Weights, run: Run, gpu: bool) -> _Need:
     held = run_buffers(config, weights.codes, run)
     if gpu:
         held = [replace(b, nbytes=RUNTIME_CUDA) if b.part == "runtime" else b for b in held]
-    dense = tuple(b for b in weights.dense if b not in weights.embedding)
-    return _Need((*dense, *held), weights.embedding, weights.pools)
+    return _Need((*weights.dense, *held), weights.embedding, weights.pools)
 
 
 def place(config: ModelConfig, weights: Weights, run: Run, budget: Budget) -> Plan:

@@ -12,7 +12,7 @@ from qwenrun.errors import ModelError, UsageError
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import inventory
 from qwenrun.plan.buffers import Run
-from qwenrun.plan.device import SHARE, free_memory
+from qwenrun.plan.device import spare_memory
 from qwenrun.plan.planner import Budget, Plan, place, weigh
 from qwenrun.quant.packfile.layout import MANIFEST, Manifest, read_manifest
 from qwenrun.quant.recipe import KEEP, Assignment, TensorInfo
@@ -72,8 +72,7 @@ def stored_in(path: Path) -> tuple[ModelConfig, Stored, str]:
     if is_pack(path):
         manifest = manifest_of(path)
         config = ModelConfig.from_hf(manifest.config, name=path.resolve().name)
-        stored = [(entry.info, entry.assignment) for entry in manifest.tensors.values()]
-        return config, stored, str(manifest.recipe.get("name", ""))
+        return config, manifest.stored, str(manifest.recipe.get("name", ""))
     config = ModelConfig.from_folder(path)
     return config, [(info, Assignment(KEEP, None)) for info in inventory(config)], ""
 
@@ -85,8 +84,7 @@ def plan_model(path: Path, *, ctx: int, kv: str, ram: int | None, vram: int | No
     """
     config, stored, _ = stored_in(path)
     if ram is None:
-        free = free_memory()
-        ram = None if free is None else int(free * SHARE)
+        ram = spare_memory()
     run = Run(ctx=ctx, kv=kv, mtp=False, vision=False)
     budget = Budget(ram) if vram is None else Budget(vram, ram, gpu=True)
     plan = place(config, weigh(config, stored, run, is_pack(path)), run, budget)

@@ -12,7 +12,6 @@ import pytest
 
 from qwenrun.demo.dataset import pairs
 from qwenrun.engine.events import Done, Event, ExpertUse, Token
-from qwenrun.engine.expert_cache import CacheStats
 from qwenrun.engine.sampler import SamplingParams
 from qwenrun.errors import UsageError
 from qwenrun.measure import bandwidth, quality
@@ -66,7 +65,7 @@ def fake_engine(session: Any, ctx: int = 64) -> Any:
         vocab_size=50,
         bytes_per_token=lambda: 2_000_000_000,
         plan=SimpleNamespace(parts=lambda tier="device": {"total": 7}, experts=10, slots=4),
-        expert_stats=lambda: CacheStats(*(len(session.fed) // n for n in (1, 2)), disk_bytes=len(session.fed) * 3),
+        expert_stats=lambda: ExpertUse(*(len(session.fed) // n for n in (1, 2)), disk_bytes=len(session.fed) * 3),
         disk_reads=lambda: (len(session.fed) * 10, session.clock.now / 2),
     )
 

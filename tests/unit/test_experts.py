@@ -122,7 +122,7 @@ def test_a_prompt_reads_each_expert_at_most_once_a_chunk(pack: Path) -> None:
         session = engine.session()
         before = engine.expert_stats()
         session.prefill([random.Random(1).randrange(300) for _ in range(60)])
-        use = engine.expert_stats().since(before)
+        use = engine.expert_stats() - before
         record = engine.plan.pools[0].record
         assert use.disk_bytes <= use.lookups * record <= LAYERS * EXPERTS * record
 
@@ -422,7 +422,7 @@ def test_reading_ahead_stays_only_if_it_pays(gain: bool, on: bool, monkeypatch: 
     from types import SimpleNamespace
 
     from qwenrun.engine import prefetch
-    from qwenrun.engine.expert_cache import CacheStats
+    from qwenrun.engine.events import ExpertUse
 
     now = 0.0
     monkeypatch.setattr(prefetch.time, "perf_counter", lambda: now)
@@ -433,7 +433,7 @@ def test_reading_ahead_stays_only_if_it_pays(gain: bool, on: bool, monkeypatch: 
         asked.append(list(experts))
         now += 0.001
 
-    cache: Any = SimpleNamespace(stats=CacheStats(), prefetch=note)
+    cache: Any = SimpleNamespace(stats=ExpertUse(), prefetch=note)
     layers: Any = [SimpleNamespace(preview=lambda x: torch.tensor([[3, 5]]), between=None) for _ in range(3)]
     ahead = prefetch.Prefetcher(layers, [("a", cache), ("b", cache), ("c", cache)])
     x = torch.zeros(1, 4)

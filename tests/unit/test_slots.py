@@ -110,6 +110,6 @@ def test_replayed_routes(zipf: float) -> None:
         if zipf:  # a skewed layer is worth more than its share of slots
             assert rate > slots / experts
     # All of them fit: every expert is missed once.
-    distinct = len({int(key) for keys, _ in trace for key in keys})
+    distinct = len({int(key) for keys, _, _ in trace for key in keys})
     assert replay(trace, experts, experts, 256) == best_possible(trace, experts, experts)
-    assert replay(trace, experts, experts, 256) == pytest.approx(1 - distinct / sum(len(k) for k, _ in trace))
+    assert replay(trace, experts, experts, 256) == pytest.approx(1 - distinct / sum(len(k) for k, _, _ in trace))

@@ -705,10 +705,10 @@ def test_a_plan_that_does_not_fit_is_refused(
     assert re.match(r"RAM [\d.]+ MiB: weights .*, KV@256 .*, runtime 320.0 MiB", capsys.readouterr().err)
     with pytest.raises(DoesNotFitError, match=r"MiB more than the 300 MiB there are"):
         plan_model(folder, ctx=256, kv="bf16", ram=300 << 20, vram=None)
-    monkeypatch.setattr("qwenrun.ui.models.free_memory", lambda: 300 << 20)
+    monkeypatch.setattr("qwenrun.plan.device.free_memory", lambda: 300 << 20)
     with pytest.raises(DoesNotFitError, match=r"more than the 276 MiB there are"):
         plan_model(folder, ctx=256, kv="bf16", ram=None, vram=None)
-    monkeypatch.setattr("qwenrun.ui.models.free_memory", lambda: None)
+    monkeypatch.setattr("qwenrun.plan.device.free_memory", lambda: None)
     assert plan_model(folder, ctx=256, kv="bf16", ram=None, vram=None, quiet=True) is None
 
 
