@@ -11,8 +11,8 @@ setup(
     ext_modules=[
         Extension(
             "qwenrun.kernels.cpu._kernels",
-            sources=[f"{SOURCES}/kernels.cpp", f"{SOURCES}/pool.cpp"],
-            depends=[f"{SOURCES}/pool.h"],
+            sources=[f"{SOURCES}/{name}.cpp" for name in ("kernels", "layer", "pool", "tiles_avx2", "tiles_avx512")],
+            depends=[f"{SOURCES}/{name}.h" for name in ("floats", "matrix", "pool", "tiles", "tiles_body")],
             language="c++",
             # Instruction sets are chosen function by function, at run time: the library runs on any CPU.
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-pthread"],

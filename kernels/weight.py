@@ -6,12 +6,12 @@ dimensions need not be contiguous.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qwenrun.kernels.spec import BlockSpec
+from qwenrun.kernels.spec import TILE_COLS, TILE_ROWS, BlockSpec
 
 TORCH_DTYPES = {
     "U8": torch.uint8,
@@ -26,6 +26,8 @@ _PLAIN_CODES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f3
 @dataclass(slots=True)
 class Weight:
     """A [..., rows, cols] matrix stored as `spec` says.
+
+    Shapes are those of rows side by side; a tiled matrix has rows / 16 of them, each 16 times as long (see spec.py).
 
     codes: [..., rows, cols] (two 4-bit codes to a byte: [..., rows, cols / 2]).
     scales: [..., rows, cols / block], float16, or uint8 bit patterns of E4M3 or E8M0; None for plain codes.
@@ -91,10 +93,57 @@ class Weight:
         return Weight(self.spec, self.rows, self.cols, **{n: t[index] for n, t in self.parts.items()})
 
     def row_range(self, start: int, stop: int) -> Weight:
-        """Rows start..stop of every matrix, as views; the tensor scales become one a row if they differ."""
+        """Rows start..stop of every matrix, as views; the tensor scales become one a row if they differ.
+
+        Raises ValueError if that cuts a tile.
+        """
+        group = self.spec.group
+        if start % group or stop % group:
+            raise ValueError(f"rows {start}..{stop} cut tiles of {group}")
         tensor_scale = self.tensor_scale
         if tensor_scale is not None and tensor_scale.shape[-1] > 1:
             owner = torch.arange(start, stop, device=tensor_scale.device) * tensor_scale.shape[-1] // self.rows
             tensor_scale = tensor_scale[..., owner]
-        parts = {n: t[..., start:stop, :] for n, t in self.parts.items() if n != "tensor_scale"}
+        low, high = start // group, stop // group
+        parts = {n: t[..., low:high, :] for n, t in self.parts.items() if n != "tensor_scale"}
         return Weight(self.spec, stop - start, self.cols, tensor_scale=tensor_scale, **parts)
+
+    def tiled(self) -> Weight:
+        """The same matrix, in tiles. Raises ValueError if its spec or its rows have none."""
+        spec = replace(self.spec, tile=True)
+        if self.spec.tile:
+            return self
+        spec.parts(self.rows, self.cols)  # refuses rows that fill no tile
+        # [..., R/16, 16, C/8, 4 bytes of 2 columns] -> [..., R/16, C/8, 16 rows, columns j and j + 4]
+        pairs = self.codes.unflatten(-1, (-1, TILE_COLS // 2)).unflatten(-3, (-1, TILE_ROWS))
+        low, high = pairs & 15, pairs >> 4
+        first = torch.stack([low[..., :2], high[..., :2]], -1).flatten(-2)
+        second = torch.stack([low[..., 2:], high[..., 2:]], -1).flatten(-2)
+        codes = (first | second << 4).transpose(-3, -2).flatten(-3)
+        assert self.scales is not None
+        scales = self.scales.unflatten(-2, (-1, TILE_ROWS)).transpose(-2, -1).flatten(-2)
+        zeros = None
+        if self.zeros is not None:
+            blocks = self.cols // spec.block
+            each = torch.stack([self.zeros & 15, self.zeros >> 4], -1).flatten(-2)[..., :blocks]
+            each = each.unflatten(-2, (-1, TILE_ROWS)).transpose(-2, -1)
+            zeros = (each[..., : TILE_ROWS // 2] | each[..., TILE_ROWS // 2 :] << 4).flatten(-2)
+        return Weight(spec, self.rows, self.cols, codes, scales, zeros, self.tensor_scale)
+
+    def row_major(self) -> Weight:
+        """The same matrix, row after row."""
+        if not self.spec.tile:
+            return self
+        runs = self.codes.unflatten(-1, (-1, TILE_ROWS, TILE_COLS // 2)).transpose(-3, -2)
+        columns = torch.cat([runs & 15, runs >> 4], -1)  # [..., R/16, 16, C/8, 8]
+        codes = (columns[..., 0::2] | columns[..., 1::2] << 4).flatten(-2).flatten(-3, -2)
+        assert self.scales is not None
+        scales = self.scales.unflatten(-1, (-1, TILE_ROWS)).transpose(-2, -1).flatten(-3, -2)
+        zeros = None
+        if self.zeros is not None:
+            bytes_ = self.zeros.unflatten(-1, (-1, TILE_ROWS // 2))
+            each = torch.cat([bytes_ & 15, bytes_ >> 4], -1).transpose(-2, -1).flatten(-3, -2)
+            if each.shape[-1] % 2:
+                each = torch.nn.functional.pad(each, (0, 1))
+            zeros = each[..., 0::2] | each[..., 1::2] << 4
+        return Weight(replace(self.spec, tile=False), self.rows, self.cols, codes, scales, zeros, self.tensor_scale)

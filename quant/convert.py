@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwenrun.kernels.spec import TILE_ROWS
 from qwenrun.kernels.weight import Weight
 from qwenrun.quant import formats
 from qwenrun.quant.errors import CheckpointError
@@ -217,7 +218,7 @@ def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Ite
             yield partial(_expert_job, checkpoint, writer, entry, expert)
         return
     row_values = prod(info.shape[1:])
-    step = max(1, PIECE_VALUES // max(1, row_values))
+    step = max(TILE_ROWS, PIECE_VALUES // max(1, row_values) // TILE_ROWS * TILE_ROWS)
     tensor_scale = None
     if how.spec is not None and how.spec.tensor_scale:
         largest = 0.0
@@ -240,7 +241,7 @@ def _expert_job(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, 
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     groups = largest.unflatten(0, (info.tensor_scales, -1)).amax(1)
     weight = solve(formats.parse(how.format), values, tensor_scale_of(how.spec, groups))
-    writer.put_expert(info.name, expert, weight)
+    writer.put_expert(info.name, expert, weight.tiled() if how.spec.tile else weight)
     signal, noise, stored_zero_rows = squared_error(values, weight)
     return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes)
 
@@ -262,7 +263,7 @@ def _rows_job(
         writer.put_rows(info.name, start, stored)
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     weight = solve(formats.parse(how.format), values, tensor_scale)
-    writer.put_rows(info.name, start, weight)
+    writer.put_rows(info.name, start, weight.tiled() if how.spec.tile else weight)
     signal, noise, stored_zero_rows = squared_error(values, weight)
     return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes)
 

@@ -172,7 +172,9 @@ class Recipe:
             return Assignment(KEEP, None, note)
         if form.spec.codes == "e2m1" and E2M1_HARMS.search(info.name):
             note = "; ".join(filter(None, [note, "4-bit floats are known to do harm here: use int8 or keep"]))
-        return Assignment(form.name, form.spec, note)
+        # The embedding's rows are read one by one; every other matrix is multiplied with.
+        spec = form.spec if info.part == "embedding" else form.spec.stored(info.shape[-2])
+        return Assignment(form.name, spec, note)
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -21,9 +21,11 @@ from qwenrun.kernels.ref.linear import top_k
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
-VERSION = 1
+VERSION = 2
 _CODES = {"int4": 0, "int8": 1, "e2m1": 2, "bf16": 3}
-_SCALES = {"f16": 0, "e4m3": 1, "": 0}
+_SCALES = {"f16": 0, "e4m3": 1, "e8m0": 2, "": 0}
+# Columns whose products are summed before they are widened: a tiled matrix's blocks are made of whole ones.
+_SLAB = {"int4": 32, "e2m1": 16}
 
 
 class _Matrix(ctypes.Structure):
@@ -33,7 +35,7 @@ class _Matrix(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "tensor_scale")),
         *((name, ctypes.c_int64) for name in ("rows", "cols", "block", "tensor_scales")),
         *((name, ctypes.c_int64) for name in ("codes_step", "scales_step", "zeros_step", "tensor_step")),
-        *((name, ctypes.c_int32) for name in ("kind", "scale")),
+        *((name, ctypes.c_int32) for name in ("kind", "scale", "tile")),
     ]
 
 
@@ -69,8 +71,11 @@ def _refuses(op: str, spec: BlockSpec | None) -> str:
         return ""
     if spec is None or spec.codes not in _CODES:
         return f"has no {op} for {spec.codes if spec else 'matrices without a format'}"
-    if spec.scale not in _SCALES:
-        return f"has no {spec.scale} scales"
+    if spec.tile:
+        whole = spec.block % _SLAB[spec.codes] == 0
+        return "" if whole else f"has no tiles with blocks of {spec.block}"
+    if spec.scale == "e8m0":
+        return "has no e8m0 scales but in tiles"
     return ""
 
 
@@ -91,7 +96,7 @@ def _matrix(w: Weight) -> _Matrix:
     parts = [part(t) for t in (w.codes, w.scales, w.zeros, w.tensor_scale)]
     count = w.tensor_scale.shape[-1] if w.tensor_scale is not None else 1
     sizes = (w.rows, w.cols, w.spec.block, count)
-    return _Matrix(*(p for p, _ in parts), *sizes, *(s for _, s in parts), _CODES[w.spec.codes], _SCALES[w.spec.scale])
+    return _Matrix(*(p for p, _ in parts), *sizes, *(s for _, s in parts), _CODES[w.spec.codes], _SCALES[w.spec.scale], w.spec.tile)
 
 
 # Weights live as long as their model, and their structs are asked for at every call.
@@ -131,6 +136,8 @@ def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:
     """See `qwenrun.kernels.ops.experts`."""
+    if gate_up.spec.tile != down.spec.tile:
+        return ref.experts(x, gate_up, down, index, weight)
     rows, chosen, weights = _float_rows(x), index.contiguous(), _float_rows(weight)
     out = torch.empty(rows.shape[0], down.rows, dtype=torch.float32)
     library().qwenrun_cpu_experts(  # type: ignore[union-attr]

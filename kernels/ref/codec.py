@@ -6,6 +6,7 @@ takes the largest magnitude of each block, which is the plain rule every better 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -141,6 +142,8 @@ def encode(
 ) -> Weight:
     """See `qwenrun.kernels.ops.encode`."""
     rows, cols = values.shape[-2:]
+    if spec.tile:
+        return encode(values, replace(spec, tile=False), scales, zeros, tensor_scale, tensor_scales).tiled()
     if spec.plain:
         return Weight.plain(values.to(_PLAIN_DTYPES[spec.codes]).contiguous())
     spec.parts(rows, cols, tensor_scales)  # refuses a block that does not divide the row
@@ -180,6 +183,7 @@ def encode(
 
 def decode(weight: Weight) -> Tensor:
     """See `qwenrun.kernels.ops.decode`."""
+    weight = weight.row_major()
     spec = weight.spec
     if spec.plain:
         return weight.codes.float()

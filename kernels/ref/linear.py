@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwenrun.kernels.ops import sum_in_order
 from qwenrun.kernels.ref.codec import decode
+from qwenrun.kernels.spec import TILE_ROWS
 from qwenrun.kernels.weight import Weight
 
 # Values decoded at a time: 8M float32 are 32 MiB, and as much again for the steps of decoding.
@@ -22,7 +23,7 @@ def linear(x: Tensor, w: Weight) -> Tensor:
     """See `qwenrun.kernels.ops.linear`."""
     if w.spec.codes == "f32":
         return F.linear(x.float(), w.codes).to(x.dtype)
-    step = max(1, DECODE_VALUES // w.cols)
+    step = max(TILE_ROWS, DECODE_VALUES // w.cols // TILE_ROWS * TILE_ROWS)
     if w.rows <= step:
         return F.linear(x.float(), decode(w)).to(x.dtype)
     blocks = [w.row_range(r, min(r + step, w.rows)) for r in range(0, w.rows, step)]
@@ -31,8 +32,10 @@ def linear(x: Tensor, w: Weight) -> Tensor:
 
 def embedding(ids: Tensor, w: Weight) -> Tensor:
     """See `qwenrun.kernels.ops.embedding`."""
-    parts = {name: t if name == "tensor_scale" else t[ids] for name, t in w.parts.items()}
-    return decode(Weight(w.spec, len(ids), w.cols, **parts))
+    group = w.spec.group
+    parts = {name: t if name == "tensor_scale" else t[ids // group] for name, t in w.parts.items()}
+    rows = decode(Weight(w.spec, len(ids) * group, w.cols, **parts))
+    return rows.unflatten(0, (-1, group))[torch.arange(len(ids), device=ids.device), ids % group]
 
 
 def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:

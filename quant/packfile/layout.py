@@ -18,7 +18,7 @@ from qwenrun.kernels.spec import DTYPE_BYTES, BlockSpec
 from qwenrun.quant.errors import PackError
 from qwenrun.quant.recipe import Assignment, TensorInfo
 
-PACK_VERSION = 1
+PACK_VERSION = 2
 MANIFEST = "pack.json"
 DENSE = "dense.safetensors"
 RECORD_ALIGN = 4096

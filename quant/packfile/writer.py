@@ -167,7 +167,7 @@ class PackWriter:
             if isinstance(values, Weight):
                 for part, tensor in values.parts.items():
                     at = self._starts[f"{name}.{part}"]
-                    row = 0 if part == "tensor_scale" else start * _row_bytes(tensor)
+                    row = 0 if part == "tensor_scale" else start // values.spec.group * _row_bytes(tensor)
                     self._write(DENSE, at + row, _bytes(tensor))
             else:
                 self._write(DENSE, self._starts[name] + start * _row_bytes(values), _bytes(values))

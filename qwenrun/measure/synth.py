@@ -289,7 +289,9 @@ def random_tensor(pool: Pool, info: TensorInfo, config: ModelConfig) -> Tensor:
 def _pieces(info: TensorInfo, spec: BlockSpec) -> Iterator[tuple[int, int]]:
     """Runs of rows of about PIECE_BYTES; all rows at once if a tensor scale binds them."""
     rows, cols = info.shape[0], math.prod(info.shape[1:])
-    step = rows if spec.tensor_scale else max(1, PIECE_BYTES * 8 // max(1, int(cols * spec.bits_per_weight)))
+    group = spec.group
+    step = PIECE_BYTES * 8 // max(1, int(cols * spec.bits_per_weight)) // group * group
+    step = rows if spec.tensor_scale else max(group, step)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 

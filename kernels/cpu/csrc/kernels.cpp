@@ -5,33 +5,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <numeric>
 #include <vector>
 
+#include "matrix.h"
 #include "pool.h"
+#include "tiles.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #endif
-
-namespace {
-
-enum Codes : int32_t { INT4 = 0, INT8 = 1, E2M1 = 2, BF16 = 3 };
-enum Scale : int32_t { F16 = 0, E4M3 = 1 };
-
-}  // namespace
-
-// A matrix [rows, cols], or the first of a stack whose parts are `*_step` bytes apart. Mirrored in __init__.py.
-struct Matrix {
-    const uint8_t *codes, *scales, *zeros;
-    const float *tensor_scale;
-    int64_t rows, cols, block, tensor_scales;
-    int64_t codes_step, scales_step, zeros_step, tensor_step;
-    int32_t kind, scale;
-};
 
 namespace {
 
@@ -493,17 +480,192 @@ std::vector<Piece> cut(int64_t rows, int64_t groups) {
     return out;
 }
 
+
+// -- tiled matrices ------------------------------------------------------------------------------------------
+
+const Tiles *tiles() {
+    static const Tiles *best = [] {
+        const char *limit = std::getenv("QWENRUN_CPU");
+        const bool plain = limit && std::strcmp(limit, "avx2") == 0;
+        return !plain && tiles_avx512() ? tiles_avx512() : tiles_avx2();
+    }();
+    return best;
+}
+
+// Memory of the calling thread that stays when a call ends: fresh pages cost more than the arithmetic on them.
+template <typename T> T *scratch(int which, int64_t count) {
+    struct Piece {
+        std::unique_ptr<uint8_t[]> data;
+        size_t size = 0;
+    };
+    thread_local Piece pieces[6];
+    Piece &piece = pieces[which];
+    const size_t wanted = static_cast<size_t>(count) * sizeof(T);
+    if (piece.size < wanted) {
+        piece.data.reset();
+        piece.data.reset(new uint8_t[wanted + 64]);
+        piece.size = wanted;
+    }
+    return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(piece.data.get()) + 63) / 64 * 64);
+}
+
+// x float [rows, cols], rounded for w. `side` 0 or 1: which scratch memory holds it.
+Rounded round_for(const Matrix &w, const float *x, int64_t rows, int side) {
+    const int64_t blocks = w.cols / w.block;
+    int8_t *codes = scratch<int8_t>(2 * side, rows * w.cols);
+    float *scales = scratch<float>(2 * side + 1, 2 * rows * blocks), *less = scales + rows * blocks;
+    auto one = [&](int64_t r) {
+        tiles()->round(w, x + r * w.cols, codes + r * w.cols, scales + r * blocks, less + r * blocks);
+    };
+    if (rows < 4) {
+        for (int64_t r = 0; r < rows; ++r) one(r);
+    } else {
+        Pool::get().each(rows, one);
+    }
+    return {codes, scales, less, w.cols, blocks};
+}
+
+// out[n * stride + i] *= the tensor scale of row 16 * first + i.
+void scale_tiles(const Matrix &w, int64_t first, int64_t last, int64_t count, float *out, int64_t stride) {
+    if (!w.tensor_scale) return;
+    for (int64_t r = 16 * first; r < 16 * last; ++r) {
+        const float by = w.tensor_scale[w.tensor_scales == 1 ? 0 : r * w.tensor_scales / w.rows];
+        for (int64_t n = 0; n < count; ++n) out[n * stride + r - 16 * first] *= by;
+    }
+}
+
+void tiles_times(const Matrix &w, int64_t first, int64_t last, const Rounded &acts, const int64_t *rows, int64_t count,
+                 float *out, int64_t stride) {
+    tiles()->times(w, first, last, acts, rows, count, out, stride);
+    scale_tiles(w, first, last, count, out, stride);
+}
+
+// How many tiles a task takes: long runs of memory for one row of activations, a second cache's worth for many.
+int64_t tiles_per_task(const Matrix &w, int64_t tiles_in_all, int64_t count) {
+    const int64_t most = count == 1 ? std::max<int64_t>(1, (256 << 10) / (w.cols * 8)) : 8;
+    const int64_t fair = tiles_in_all / (Pool::get().threads() * 4);
+    return std::max<int64_t>(1, std::min(most, fair));
+}
+
+constexpr int64_t BLOCK = 64;  // rows of activations that pass a task's tiles together
+
+const int64_t *counting(int64_t count) {
+    thread_local std::vector<int64_t> numbers;
+    for (int64_t i = static_cast<int64_t>(numbers.size()); i < count; ++i) numbers.push_back(i);
+    return numbers.data();
+}
+
+void linear_tiled(const Matrix &w, const float *x, int64_t tokens, float *y) {
+    const Rounded acts = round_for(w, x, tokens, 0);
+    const int64_t *all = counting(tokens), n = w.rows / 16, step = tiles_per_task(w, n, tokens);
+    Pool::get().each((n + step - 1) / step, [&](int64_t task) {
+        const int64_t first = task * step, last = std::min(n, first + step);
+        for (int64_t t = 0; t < tokens; t += BLOCK)
+            tiles_times(w, first, last, acts, all + t, std::min(BLOCK, tokens - t), y + t * w.rows + 16 * first, w.rows);
+    });
+}
+
+// The experts of a call: pairs of token and choice, those of one expert together.
+struct Groups {
+    std::vector<int64_t> order, owners, starts;
+    Groups(const int64_t *index, int64_t tokens, int64_t k) : order(tokens * k), owners(tokens * k) {
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return index[a] < index[b]; });
+        for (int64_t p = 0; p < tokens * k; ++p) {
+            if (p == 0 || index[order[p]] != index[order[p - 1]]) starts.push_back(p);
+            owners[p] = order[p] / k;
+        }
+        starts.push_back(tokens * k);
+    }
+    int64_t count() const { return static_cast<int64_t>(starts.size()) - 1; }
+};
+
+void experts_tiled(const Matrix &gate_up, const Matrix &down, const float *x, int64_t tokens, int64_t k,
+                   const int64_t *index, const float *weight, float *out) {
+    const int64_t pairs = tokens * k, inner = down.cols, hidden = down.rows, half = inner / 16, n = hidden / 16;
+    const Groups groups(index, tokens, k);
+    const Rounded acts = round_for(gate_up, x, tokens, 0);
+    float *middle = scratch<float>(4, pairs * inner);
+    // Gate and up of the same rows: two runs of memory a task.
+    const int64_t step = std::max<int64_t>(1, std::min(half, tiles_per_task(gate_up, half * groups.count(), tokens)));
+    const int64_t cuts = (half + step - 1) / step;
+    Pool::get().each(groups.count() * cuts, [&](int64_t task) {
+        const int64_t g = task / cuts, first = task % cuts * step, last = std::min(half, first + step);
+        const int64_t begin = groups.starts[g], end = groups.starts[g + 1], width = 16 * (last - first);
+        const Matrix w = nth(gate_up, index[groups.order[begin]]);
+        float *up = scratch<float>(5, BLOCK * width);
+        for (int64_t p = begin; p < end; p += BLOCK) {
+            const int64_t count = std::min(BLOCK, end - p);
+            float *gate = middle + p * inner + 16 * first;
+            tiles_times(w, first, last, acts, groups.owners.data() + p, count, gate, inner);
+            tiles_times(w, half + first, half + last, acts, groups.owners.data() + p, count, up, width);
+            for (int64_t i = 0; i < count; ++i) tiles()->silu_times(gate + i * inner, up + i * width, width);
+        }
+    });
+
+    const Rounded between = round_for(down, middle, pairs, 1);
+    if (tokens == 1) {
+        // Every task has all k experts' sums of its rows, and adds them in the router's order.
+        std::vector<int64_t> place(k);
+        for (int64_t p = 0; p < k; ++p) place[groups.order[p]] = p;
+        const int64_t wide = tiles_per_task(down, n, 1);
+        Pool::get().each((n + wide - 1) / wide, [&](int64_t task) {
+            const int64_t first = task * wide, last = std::min(n, first + wide), width = 16 * (last - first);
+            float *made = scratch<float>(5, width), *to = out + 16 * first;
+            for (int64_t j = 0; j < k; ++j) {
+                tiles_times(nth(down, index[j]), first, last, between, &place[j], 1, made, width);
+                for (int64_t i = 0; i < width; ++i) {
+                    const float part = made[i] * weight[j];
+                    to[i] = j ? to[i] + part : part;
+                }
+            }
+        });
+        return;
+    }
+    // middle has been rounded: `made` may take more of the same memory.
+    float *made = scratch<float>(4, pairs * hidden);
+    const int64_t *all = counting(pairs), wide = tiles_per_task(down, n * groups.count(), tokens);
+    const int64_t parts = (n + wide - 1) / wide;
+    Pool::get().each(groups.count() * parts, [&](int64_t task) {
+        const int64_t g = task / parts, first = task % parts * wide, last = std::min(n, first + wide);
+        const int64_t begin = groups.starts[g], end = groups.starts[g + 1], width = 16 * (last - first);
+        const Matrix w = nth(down, index[groups.order[begin]]);
+        float *here = scratch<float>(5, BLOCK * width);
+        for (int64_t p = begin; p < end; p += BLOCK) {
+            const int64_t count = std::min(BLOCK, end - p);
+            tiles_times(w, first, last, between, all + p, count, here, width);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t pair = groups.order[p + i];
+                float *to = made + pair * hidden + 16 * first;
+                for (int64_t r = 0; r < width; ++r) to[r] = here[i * width + r] * weight[pair];
+            }
+        }
+    });
+    Pool::get().each(tokens, [&](int64_t t) {
+        const float *from = made + t * k * hidden;
+        float *to = out + t * hidden;
+        for (int64_t i = 0; i < hidden; ++i) {
+            float sum = from[i];
+            for (int64_t j = 1; j < k; ++j) sum += from[j * hidden + i];
+            to[i] = sum;
+        }
+    });
+}
+
 }  // namespace
 
 extern "C" {
 
 // The version of this interface; __init__.py asks for the one it was written for.
-int32_t qwenrun_cpu_version() { return 1; }
+int32_t qwenrun_cpu_version() { return 2; }
 int32_t qwenrun_cpu_avx2() { return has_avx2(); }
+// Which instructions tiled matrices are multiplied with.
+const char *qwenrun_cpu_tiles() { return tiles() ? tiles()->name : ""; }
 int32_t qwenrun_cpu_threads() { return Pool::get().threads(); }
 
 // y float [tokens, rows] = x float [tokens, cols] times w transposed.
 void qwenrun_cpu_linear(const Matrix *w, const float *x, int64_t tokens, float *y) {
+    if (w->tile) return linear_tiled(*w, x, tokens, y);
     const Acts acts = prepare(*w, x, tokens);
     std::vector<int64_t> all(tokens);
     std::iota(all.begin(), all.end(), 0);
@@ -525,18 +687,11 @@ void qwenrun_cpu_linear(const Matrix *w, const float *x, int64_t tokens, float *
 // up x). gate_up and down are stacks; index int64 [tokens, k] says which of them, and none but those is read.
 void qwenrun_cpu_experts(const Matrix *gate_up, const Matrix *down, const float *x, int64_t tokens, int64_t k,
                          const int64_t *index, const float *weight, float *out) {
+    if (gate_up->tile) return experts_tiled(*gate_up, *down, x, tokens, k, index, weight, out);
     const int64_t pairs = tokens * k, inner = down->cols, hidden = down->rows;
-    std::vector<int64_t> order(pairs);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return index[a] < index[b]; });
-    std::vector<int64_t> starts, owners(pairs);
-    for (int64_t p = 0; p < pairs; ++p) {
-        if (p == 0 || index[order[p]] != index[order[p - 1]]) starts.push_back(p);
-        owners[p] = order[p] / k;
-    }
-    const int64_t groups = static_cast<int64_t>(starts.size());
-    starts.push_back(pairs);
-
+    const Groups grouped(index, tokens, k);
+    const std::vector<int64_t> &order = grouped.order, &owners = grouped.owners, &starts = grouped.starts;
+    const int64_t groups = grouped.count();
     const Acts acts = prepare(*gate_up, x, tokens);
     std::unique_ptr<float[]> middle(new float[pairs * inner]);
     std::vector<Piece> pieces = cut(inner, groups);
