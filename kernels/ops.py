@@ -105,10 +105,11 @@ def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pick("router", x.device.type)(x, gate, k)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -> Tensor:
     """Causal grouped-query attention over a cache: [T, Hq, D] in q's dtype, softmax in float32.
 
-    q [T, Hq, D]; k, v [S, Hkv, D], S >= T; query t stands at position S - T + t. Query head h reads key head
+    q [T, Hq, D]; k, v [S, Hkv, D], bfloat16 or float32, or stacks of S matrices [Hkv, D] of int8 with one block a
+    row; S >= T; query t stands at position S - T + t. Query head h reads key head
     h // (Hq / Hkv). Memory for scores is bounded, whatever S is.
     """
     return pick("attention", q.device.type)(q, k, v, scale)

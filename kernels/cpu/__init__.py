@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qwenrun.kernels import ref
 from qwenrun.kernels.dispatch import Backend
-from qwenrun.kernels.ref.linear import top_k
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
@@ -39,6 +38,14 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+_WITHOUT_FORMAT = ("router", "attention", "apply_rope", "conv", "delta_rule", "rms_norm", "gated_rms_norm")
+# More queries than this are better served by the reference's matrix products.
+FEW_QUERIES = 8
+# Taps of a convolution that the kernel has room for.
+MOST_TAPS = 8
+_KV = {torch.float32: 0, torch.bfloat16: 1}
+
+
 @cache
 def library() -> ctypes.CDLL | str:
     """The compiled library, or a sentence why there is none."""
@@ -58,6 +65,27 @@ def library() -> ctypes.CDLL | str:
     lib.qwenrun_cpu_linear.restype = None
     lib.qwenrun_cpu_experts.argtypes = [pointer, pointer, pointer, number, number, pointer, pointer, pointer]
     lib.qwenrun_cpu_experts.restype = None
+    lib.qwenrun_cpu_tiles.restype = ctypes.c_char_p
+    real = ctypes.c_float
+    for name, types in {
+        "rms_norm": [pointer, pointer, real, real, number, number, pointer],
+        "gated_rms_norm": [pointer, pointer, pointer, real, number, number, pointer],
+        "rope": [pointer, pointer, pointer, *[number] * 4, pointer],
+        "conv": [pointer, pointer, pointer, *[number] * 3, pointer],
+        "delta_rule": [*[pointer] * 6, *[number] * 8, pointer],
+        "attention": [*[pointer] * 5, ctypes.c_int32, *[number] * 5, real, pointer],
+        "top_k": [pointer, *[number] * 3, pointer, pointer],
+    }.items():
+        function = getattr(lib, f"qwenrun_cpu_{name}")
+        function.argtypes, function.restype = types, None
+    return lib
+
+
+@cache
+def _lib() -> ctypes.CDLL:
+    """The library where it is known to be there: a backend that refuses is not called."""
+    lib = library()
+    assert isinstance(lib, ctypes.CDLL), lib
     return lib
 
 
@@ -67,7 +95,7 @@ def _refuses(op: str, spec: BlockSpec | None) -> str:
         return lib
     if not lib.qwenrun_cpu_avx2():
         return "needs AVX2, FMA and F16C to be faster than the reference"
-    if op == "router":
+    if op in _WITHOUT_FORMAT:
         return ""
     if spec is None or spec.codes not in _CODES:
         return f"has no {op} for {spec.codes if spec else 'matrices without a format'}"
@@ -96,7 +124,9 @@ def _matrix(w: Weight) -> _Matrix:
     parts = [part(t) for t in (w.codes, w.scales, w.zeros, w.tensor_scale)]
     count = w.tensor_scale.shape[-1] if w.tensor_scale is not None else 1
     sizes = (w.rows, w.cols, w.spec.block, count)
-    return _Matrix(*(p for p, _ in parts), *sizes, *(s for _, s in parts), _CODES[w.spec.codes], _SCALES[w.spec.scale], w.spec.tile)
+    return _Matrix(
+        *(p for p, _ in parts), *sizes, *(s for _, s in parts), _CODES[w.spec.codes], _SCALES[w.spec.scale], w.spec.tile
+    )
 
 
 # Weights live as long as their model, and their structs are asked for at every call.
@@ -123,7 +153,7 @@ def linear(x: Tensor, w: Weight) -> Tensor:
     """See `qwenrun.kernels.ops.linear`."""
     rows = _float_rows(x)
     out = torch.empty(rows.shape[0], w.rows, dtype=torch.float32)
-    library().qwenrun_cpu_linear(ctypes.byref(_described(w)), rows.data_ptr(), rows.shape[0], out.data_ptr())  # type: ignore[union-attr]
+    _lib().qwenrun_cpu_linear(ctypes.byref(_described(w)), rows.data_ptr(), rows.shape[0], out.data_ptr())
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
@@ -131,7 +161,12 @@ def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `qwenrun.kernels.ops.router`. A gate that is not BF16 is the reference's."""
     if gate.dtype != torch.bfloat16:
         return ref.router(x, gate, k)
-    return top_k(linear(_float_rows(x), Weight.plain(gate)), k)
+    logits = linear(_float_rows(x), Weight.plain(gate))
+    tokens, experts = logits.shape
+    index = torch.empty(tokens, k, dtype=torch.int64)
+    weight = torch.empty(tokens, k, dtype=torch.float32)
+    _lib().qwenrun_cpu_top_k(logits.data_ptr(), tokens, experts, k, index.data_ptr(), weight.data_ptr())
+    return index, weight
 
 
 def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:
@@ -140,7 +175,7 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Ten
         return ref.experts(x, gate_up, down, index, weight)
     rows, chosen, weights = _float_rows(x), index.contiguous(), _float_rows(weight)
     out = torch.empty(rows.shape[0], down.rows, dtype=torch.float32)
-    library().qwenrun_cpu_experts(  # type: ignore[union-attr]
+    _lib().qwenrun_cpu_experts(
         ctypes.byref(_described(gate_up)),
         ctypes.byref(_described(down)),
         rows.data_ptr(),
@@ -151,3 +186,96 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Ten
         out.data_ptr(),
     )
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6, zero_centred: bool = True) -> Tensor:
+    """See `qwenrun.kernels.ops.rms_norm`."""
+    rows, size = _float_rows(x), x.shape[-1]
+    out = torch.empty(x.shape, dtype=torch.float32)
+    shift = 1.0 if zero_centred else 0.0
+    _lib().qwenrun_cpu_rms_norm(
+        rows.data_ptr(), _float_rows(w).data_ptr(), shift, eps, rows.numel() // size, size, out.data_ptr()
+    )
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def gated_rms_norm(o: Tensor, w: Tensor, z: Tensor, eps: float = 1e-6) -> Tensor:
+    """See `qwenrun.kernels.ops.gated_rms_norm`."""
+    rows, gate, size = _float_rows(o), _float_rows(z), o.shape[-1]
+    out = torch.empty(o.shape, dtype=torch.float32)
+    _lib().qwenrun_cpu_gated_rms_norm(
+        rows.data_ptr(), _float_rows(w).data_ptr(), gate.data_ptr(), eps, rows.numel() // size, size, out.data_ptr()
+    )
+    return out if o.dtype == torch.float32 else out.to(o.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.apply_rope`."""
+    tokens, heads, size = x.shape
+    out = torch.empty(x.shape, dtype=torch.float32)
+    rows, c, s = _float_rows(x), _float_rows(cos), _float_rows(sin)
+    _lib().qwenrun_cpu_rope(
+        rows.data_ptr(), c.data_ptr(), s.data_ptr(), tokens, heads, size, c.shape[-1], out.data_ptr()
+    )
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.conv`."""
+    channels, taps = weight.shape
+    if taps > MOST_TAPS or state.dtype != torch.float32 or not state.is_contiguous():
+        return ref.conv(u, weight, state)
+    rows, w = _float_rows(u), _float_rows(weight)
+    out = torch.empty(rows.shape, dtype=torch.float32)
+    _lib().qwenrun_cpu_conv(
+        rows.data_ptr(), w.data_ptr(), state.data_ptr(), rows.shape[0], channels, taps, out.data_ptr()
+    )
+    return out if u.dtype == torch.float32 else out.to(u.dtype)
+
+
+def _strided_rows(x: Tensor) -> Tensor:
+    """x [T, heads, d] in float32 with each token's heads contiguous; tokens may lie apart."""
+    good = x.dtype == torch.float32 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+    return x if good else x.float().contiguous()
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.delta_rule`."""
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        return ref.delta_rule(q, k, v, g, beta, state)
+    (tokens, key_heads, dk), (value_heads, dv) = q.shape, v.shape[1:]
+    queries, keys, values = _strided_rows(q), _strided_rows(k), _strided_rows(v)
+    decay, strength = _float_rows(g), _float_rows(beta)
+    out = torch.empty(tokens, value_heads, dv, dtype=torch.float32)
+    _lib().qwenrun_cpu_delta_rule(
+        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), decay.data_ptr(), strength.data_ptr(),
+        state.data_ptr(), tokens, key_heads, value_heads, dk, dv,
+        queries.stride(0), keys.stride(0), values.stride(0), out.data_ptr(),
+    )  # fmt: skip
+    return out if v.dtype == torch.float32 else out.to(v.dtype)
+
+
+def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -> Tensor:
+    """See `qwenrun.kernels.ops.attention`. Many queries are the reference's."""
+    tokens, heads, size = q.shape
+    if tokens > FEW_QUERIES:
+        return ref.attention(q, k, v, scale)
+    if isinstance(k, Weight) and isinstance(v, Weight):
+        served = (
+            k.spec == v.spec and k.spec.codes == "int8" and k.spec.scale == "f16" and k.spec.block == size == v.cols
+        )
+        keys, values, k_scales, v_scales, kind = k.codes, v.codes, k.scales, v.scales, 2
+    else:
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
+        served = k.dtype == v.dtype and k.dtype in _KV and v.shape[-1] == size
+        keys, values, k_scales, v_scales, kind = k, v, None, None, _KV.get(k.dtype, 0)
+    arrays = (keys, values, k_scales, v_scales)
+    if not served or not all(a is None or a.is_contiguous() for a in arrays):
+        return ref.attention(q, k, v, scale)
+    rows = _float_rows(q)
+    out = torch.empty(q.shape, dtype=torch.float32)
+    _lib().qwenrun_cpu_attention(
+        rows.data_ptr(), *(None if a is None else a.data_ptr() for a in arrays), kind,
+        tokens, keys.shape[0], heads, keys.shape[1], size, scale, out.data_ptr(),
+    )  # fmt: skip
+    return out if q.dtype == torch.float32 else out.to(q.dtype)

@@ -7,18 +7,22 @@ import math
 import torch
 from torch import Tensor
 
+from qwenrun.kernels.ref.codec import decode
+from qwenrun.kernels.weight import Weight
+
 # Queries and keys are taken in blocks: scores never exceed heads x QUERY_BLOCK x KEY_BLOCK float32 numbers.
 QUERY_BLOCK = 256
 KEY_BLOCK = 2048
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -> Tensor:
     """See `qwenrun.kernels.ops.attention`."""
     count, heads, dim = q.shape
-    length, groups = k.shape[:2]
+    length, groups = (k.lead[0], k.rows) if isinstance(k, Weight) else k.shape[:2]
     per_group = heads // groups
     first = length - count
-    out = torch.empty(count, heads, v.shape[-1], dtype=torch.float32, device=q.device)
+    width = v.cols if isinstance(v, Weight) else v.shape[-1]
+    out = torch.empty(count, heads, width, dtype=torch.float32, device=q.device)
     for start in range(0, count, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, count)
         # [G, M * T, D]: the query heads of a group share its keys.
@@ -27,11 +31,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         position = torch.arange(first + start, first + stop, device=q.device).repeat(per_group)
         top = torch.full(block.shape[:2], -math.inf, device=q.device)
         total = torch.zeros(block.shape[:2], device=q.device)
-        mixed = torch.zeros(*block.shape[:2], v.shape[-1], device=q.device)
+        mixed = torch.zeros(*block.shape[:2], width, device=q.device)
         visible = first + stop
         for low in range(0, visible, KEY_BLOCK):
             high = min(low + KEY_BLOCK, visible)
-            scores = block @ k[low:high].float().permute(1, 2, 0)
+            scores = block @ _rows(k, low, high).permute(1, 2, 0)
             if high > first + start + 1:
                 hidden = torch.arange(low, high, device=q.device) > position[:, None]
                 scores = scores.masked_fill(hidden, -math.inf)
@@ -41,11 +45,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             rescale = (top - new_top).exp()
             weights = (scores - new_top[..., None]).exp()
             total = total * rescale + weights.sum(-1)
-            mixed = mixed * rescale[..., None] + weights @ v[low:high].float().transpose(0, 1)
+            mixed = mixed * rescale[..., None] + weights @ _rows(v, low, high).transpose(0, 1)
             top = new_top
         mixed = (mixed / total[..., None]).unflatten(1, (per_group, stop - start))
         out[start:stop] = mixed.permute(2, 0, 1, 3).reshape(stop - start, heads, -1)
     return out.to(q.dtype)
+
+
+def _rows(cached: Tensor | Weight, low: int, high: int) -> Tensor:
+    """Rows low..high of keys or values in float32."""
+    part = cached[low:high]
+    return decode(part) if isinstance(part, Weight) else part.float()
 
 
 def yarn_frequencies(theta: float, rotary_dim: int, factor: float, original: int) -> tuple[Tensor, float]:

@@ -40,7 +40,6 @@ class Int8KV:
         device = k.device.type
         self._attention = bind("attention", device, self.spec)
         self._encode = bind("encode", device, self.spec)
-        self._decode = bind("decode", device, self.spec)
 
     def attend(self, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """As PlainKV's; keys and values are decoded a block of rows at a time, where the kernel reads them."""
@@ -51,24 +50,8 @@ class Int8KV:
             scales[start:end] = encoded.scales.squeeze(-1)
         return self._attention(q, *self.rows(end), scale)
 
-    def rows(self, end: int) -> tuple[Int8Rows, Int8Rows]:
-        """Keys and values 0..end-1, to be decoded by slicing."""
-        keys = Int8Rows(self.k[:end], self.k_scale[:end], self)
-        return keys, Int8Rows(self.v[:end], self.v_scale[:end], self)
-
-    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """int8 [S, Hkv, D] and their scales [S, Hkv] -> f32 [S, Hkv, D]."""
-        return self._decode(Weight(self.spec, codes.shape[1], codes.shape[2], codes, scales[..., None]))
-
-
-class Int8Rows:
-    """Stands for the decoded f32 tensor [S, Hkv, D] where a kernel takes slices of rows: only those are decoded."""
-
-    __slots__ = ("_cache", "_codes", "_scales", "shape")
-
-    def __init__(self, codes: Tensor, scales: Tensor, cache: Int8KV) -> None:
-        self._codes, self._scales, self._cache = codes, scales, cache
-        self.shape = codes.shape
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self._cache.decode(self._codes[rows], self._scales[rows])
+    def rows(self, end: int) -> tuple[Weight, Weight]:
+        """Keys and values 0..end-1 as stacks of matrices [Hkv, D], views."""
+        groups, size = self.k.shape[1:]
+        keys = Weight(self.spec, groups, size, self.k[:end], self.k_scale[:end, :, None])
+        return keys, Weight(self.spec, groups, size, self.v[:end], self.v_scale[:end, :, None])
