@@ -10,7 +10,7 @@ path calls `bind` once and keeps what it returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,8 @@ OPS = (
     "encode",
     "decode",
     "linear",
+    "linears",
+    "swiglu",
     "embedding",
     "experts",
     "router",
@@ -30,6 +32,7 @@ OPS = (
     "rope_tables",
     "apply_rope",
     "delta_rule",
+    "delta_net",
     "conv",
     "rms_norm",
     "gated_rms_norm",
@@ -69,6 +72,19 @@ def decode(weight: Weight) -> Tensor:
 def linear(x: Tensor, w: Weight) -> Tensor:
     """x [T, K] times a matrix [N, K] transposed: [T, N] in x's dtype, accumulated in float32."""
     return pick("linear", x.device.type, w.spec)(x, w)
+
+
+def linears(weights: Sequence[Weight]) -> Callable[[Tensor], list[Tensor]]:
+    """Several matrices [N_i, K] that read the same input, as one callable: x [T, K] -> [T, N_i] each, in x's dtype.
+
+    What can be known of the matrices is settled here, once; the callable keeps them.
+    """
+    return pick("linears", weights[0].codes.device.type)(weights)
+
+
+def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]:
+    """down(silu(gate x) * up x) as one callable: x [T, H] -> [T, H]; gate, up [I, H], down [H, I]."""
+    return pick("swiglu", gate.codes.device.type)(gate, up, down)
 
 
 def embedding(ids: Tensor, w: Weight) -> Tensor:
@@ -145,6 +161,29 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
     S = exp(g) S; S += k (beta (v - S^T k))^T; o = S^T q (Gated DeltaNet, arXiv 2412.06464).
     """
     return pick("delta_rule", v.device.type)(q, k, v, g, beta, state)
+
+
+def delta_net(
+    qkv: Tensor,
+    z: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    decay: Tensor,
+    dt_bias: Tensor,
+    norm: Tensor,
+    eps: float,
+    state: Tensor,
+) -> Tensor:
+    """A Gated DeltaNet layer between its projections: [T, nv * dv]; both states are updated in place.
+
+    qkv [T, C], channels [q | k | v]; z [T, nv * dv]; b, a [T, nv]; conv_weight [C, taps], conv_state [taps - 1, C];
+    decay [nv], -exp(A_log); dt_bias [nv]; norm [dv]; state [nv, dk, dv]. All float32: `conv`, then `delta_rule`
+    with beta = sigmoid(b) and g = decay softplus(a + dt_bias), then `gated_rms_norm` with z.
+    """
+    pass_on = (qkv, z, b, a, conv_weight, conv_state, decay, dt_bias, norm, eps, state)
+    return pick("delta_net", qkv.device.type)(*pass_on)
 
 
 def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ dimensions need not be contiguous.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Weight:
     scales: [..., rows, cols / block], float16, or uint8 bit patterns of E4M3 or E8M0; None for plain codes.
     zeros: uint8 [..., rows, ceil(blocks / 2)], or None.
     tensor_scale: float32 [..., T], row r using number r * T // rows; or None.
+    Its tensors are not exchanged once it has been computed with.
     """
 
     spec: BlockSpec
@@ -42,6 +43,8 @@ class Weight:
     scales: Tensor | None = None
     zeros: Tensor | None = None
     tensor_scale: Tensor | None = None
+    # How a backend describes these tensors to itself: made at the first use, valid as long as the Weight is.
+    handle: object = field(default=None, compare=False, repr=False)
 
     @classmethod
     def plain(cls, values: Tensor) -> Weight:

@@ -8,6 +8,7 @@ the rest. Without the library (no compiler when it was installed) the backend re
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -38,7 +39,18 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-_WITHOUT_FORMAT = ("router", "attention", "apply_rope", "conv", "delta_rule", "rms_norm", "gated_rms_norm")
+_WITHOUT_FORMAT = (
+    "linears",
+    "swiglu",
+    "delta_net",
+    "router",
+    "attention",
+    "apply_rope",
+    "conv",
+    "delta_rule",
+    "rms_norm",
+    "gated_rms_norm",
+)
 # More queries than this are better served by the reference's matrix products.
 FEW_QUERIES = 8
 # Taps of a convolution that the kernel has room for.
@@ -68,6 +80,9 @@ def library() -> ctypes.CDLL | str:
     lib.qwenrun_cpu_tiles.restype = ctypes.c_char_p
     real = ctypes.c_float
     for name, types in {
+        "linears": [pointer, number, pointer, number, pointer],
+        "swiglu": [*[pointer] * 4, number, pointer],
+        "delta_net": [*[pointer] * 9, real, pointer, *[number] * 6, pointer],
         "rms_norm": [pointer, pointer, real, real, number, number, pointer],
         "gated_rms_norm": [pointer, pointer, pointer, real, number, number, pointer],
         "rope": [pointer, pointer, pointer, *[number] * 4, pointer],
@@ -129,20 +144,10 @@ def _matrix(w: Weight) -> _Matrix:
     )
 
 
-# Weights live as long as their model, and their structs are asked for at every call.
-_known: dict[tuple[object, ...], _Matrix] = {}
-
-
 def _described(w: Weight) -> _Matrix:
-    # All that goes into the struct: where one array has been freed, another's may begin.
-    arrays = (w.codes, w.scales, w.zeros, w.tensor_scale)
-    key = (w.spec, w.rows, w.cols, *(None if t is None else (t.data_ptr(), t.stride(), t.shape) for t in arrays))
-    found = _known.get(key)
-    if found is None:
-        if len(_known) > 8192:
-            _known.clear()
-        found = _known[key] = _matrix(w)
-    return found
+    if not isinstance(w.handle, _Matrix):
+        w.handle = _matrix(w)
+    return w.handle
 
 
 def _float_rows(x: Tensor) -> Tensor:
@@ -155,6 +160,46 @@ def linear(x: Tensor, w: Weight) -> Tensor:
     out = torch.empty(rows.shape[0], w.rows, dtype=torch.float32)
     _lib().qwenrun_cpu_linear(ctypes.byref(_described(w)), rows.data_ptr(), rows.shape[0], out.data_ptr())
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def linears(weights: Sequence[Weight]) -> Callable[[Tensor], list[Tensor]]:
+    """See `qwenrun.kernels.ops.linears`."""
+    if any(_refuses("linear", w.spec) for w in weights):
+        return ref.linears(weights)
+    count, lib = len(weights), _lib().qwenrun_cpu_linears
+    matrices = [_described(w) for w in weights]
+    pointers = (ctypes.c_void_p * count)(*map(ctypes.addressof, matrices))
+    rows = [w.rows for w in weights]
+    total = sum(rows)
+
+    def apply(x: Tensor, kept: object = (weights, matrices)) -> list[Tensor]:
+        values, tokens = _float_rows(x), x.shape[0]
+        out = torch.empty(tokens * total, dtype=torch.float32)
+        lib(pointers, count, values.data_ptr(), tokens, out.data_ptr())
+        if count == 1:
+            made = [out.view(tokens, total)]
+        else:
+            made = [y.view(tokens, -1) for y in out.split([tokens * n for n in rows])]
+        return made if x.dtype == torch.float32 else [y.to(x.dtype) for y in made]
+
+    return apply
+
+
+def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]:
+    """See `qwenrun.kernels.ops.swiglu`."""
+    if any(_refuses("linear", w.spec) for w in (gate, up, down)):
+        return ref.swiglu(gate, up, down)
+    lib = _lib().qwenrun_cpu_swiglu
+    matrices = [_described(w) for w in (gate, up, down)]
+    pointers = [ctypes.addressof(m) for m in matrices]
+
+    def apply(x: Tensor, kept: object = (gate, up, down, matrices)) -> Tensor:
+        values = _float_rows(x)
+        out = torch.empty(x.shape[0], down.rows, dtype=torch.float32)
+        lib(*pointers, values.data_ptr(), x.shape[0], out.data_ptr())
+        return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+    return apply
 
 
 def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -253,6 +298,33 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
         queries.stride(0), keys.stride(0), values.stride(0), out.data_ptr(),
     )  # fmt: skip
     return out if v.dtype == torch.float32 else out.to(v.dtype)
+
+
+def delta_net(
+    qkv: Tensor,
+    z: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    decay: Tensor,
+    dt_bias: Tensor,
+    norm: Tensor,
+    eps: float,
+    state: Tensor,
+) -> Tensor:
+    """See `qwenrun.kernels.ops.delta_net`."""
+    (value_heads, dk, dv), (tokens, channels) = state.shape, qkv.shape
+    key_heads, taps = (channels - value_heads * dv) // (2 * dk), conv_weight.shape[1]
+    given = (qkv, z, b, a, conv_weight, conv_state, decay, dt_bias, norm, state)
+    if taps > MOST_TAPS or any(t.dtype != torch.float32 or not t.is_contiguous() for t in given):
+        return ref.delta_net(qkv, z, b, a, conv_weight, conv_state, decay, dt_bias, norm, eps, state)
+    out = torch.empty(tokens, value_heads * dv, dtype=torch.float32)
+    pointers = [t.data_ptr() for t in given]
+    _lib().qwenrun_cpu_delta_net(
+        *pointers[:9], eps, pointers[9], tokens, key_heads, value_heads, dk, dv, taps, out.data_ptr()
+    )
+    return out
 
 
 def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -> Tensor:

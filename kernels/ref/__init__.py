@@ -8,8 +8,8 @@ from __future__ import annotations
 from qwenrun.kernels.dispatch import Backend
 from qwenrun.kernels.ref.attention import apply_rope, attention, rope_tables
 from qwenrun.kernels.ref.codec import decode, encode
-from qwenrun.kernels.ref.delta import conv, delta_rule
-from qwenrun.kernels.ref.linear import embedding, experts, linear, router
+from qwenrun.kernels.ref.delta import conv, delta_net, delta_rule
+from qwenrun.kernels.ref.linear import embedding, experts, linear, linears, router, swiglu
 from qwenrun.kernels.ref.norms import gated_rms_norm, rms_norm
 
 BACKEND = Backend("ref", priority=0, devices=(), refuses=lambda op, spec: "")
@@ -20,13 +20,16 @@ __all__ = [
     "attention",
     "conv",
     "decode",
+    "delta_net",
     "delta_rule",
     "embedding",
     "encode",
     "experts",
     "gated_rms_norm",
     "linear",
+    "linears",
     "rms_norm",
     "rope_tables",
+    "swiglu",
     "router",
 ]

@@ -6,6 +6,8 @@ large the matrix is.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,16 @@ def linear(x: Tensor, w: Weight) -> Tensor:
         return F.linear(x.float(), decode(w)).to(x.dtype)
     blocks = [w.row_range(r, min(r + step, w.rows)) for r in range(0, w.rows, step)]
     return torch.cat([F.linear(x.float(), decode(block)) for block in blocks], dim=-1).to(x.dtype)
+
+
+def linears(weights: Sequence[Weight]) -> Callable[[Tensor], list[Tensor]]:
+    """See `qwenrun.kernels.ops.linears`."""
+    return lambda x: [linear(x, w) for w in weights]
+
+
+def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]:
+    """See `qwenrun.kernels.ops.swiglu`."""
+    return lambda x: linear(F.silu(linear(x, gate)).mul_(linear(x, up)), down)
 
 
 def embedding(ids: Tensor, w: Weight) -> Tensor:

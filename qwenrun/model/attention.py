@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qwenrun.kernels.ops import bind
+from qwenrun.kernels.ops import bind, linears
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.linear import Linear
 
@@ -41,7 +41,8 @@ class Attention:
         q_norm: Tensor,
         k_norm: Tensor,
     ) -> None:
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
+        self.qkv_proj = linears([p.weight for p in (q_proj, k_proj, v_proj)])
+        self.o_proj = o_proj
         self.q_norm, self.k_norm = q_norm, k_norm
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
@@ -55,9 +56,10 @@ class Attention:
         """x f32 [T, H] at cache rows start..start+T-1, rotary (cos, sin) [T, rotary_dim/2] -> [T, H]."""
         tokens = x.shape[0]
         cos, sin = rotary
-        q, gate = self.q_proj(x).view(tokens, self.num_heads, 2, self.head_dim).unbind(2)
-        k = self.k_proj(x).view(tokens, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).view(tokens, self.num_kv_heads, self.head_dim)
+        q_gate, k, v = self.qkv_proj(x)
+        q, gate = q_gate.view(tokens, self.num_heads, 2, self.head_dim).unbind(2)
+        k = k.view(tokens, self.num_kv_heads, self.head_dim)
+        v = v.view(tokens, self.num_kv_heads, self.head_dim)
         q = self._apply_rope(self._rms_norm(q, self.q_norm, self.eps), cos, sin)
         k = self._apply_rope(self._rms_norm(k, self.k_norm, self.eps), cos, sin)
         mixed = cache.attend(start, q, k, v, self.scale) * torch.sigmoid(gate)

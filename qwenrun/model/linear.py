@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qwenrun.kernels.ops import bind
+from qwenrun.kernels.ops import linears
 from qwenrun.kernels.weight import Weight
 
 
 class Linear:
     """y = x W^T for W [rows, cols] in any stored format: x [T, cols] -> [T, rows], accumulated in float32."""
 
-    __slots__ = ("_op", "weight")
+    __slots__ = ("_apply", "weight")
 
     def __init__(self, weight: Weight) -> None:
         self.weight = weight
-        self._op = bind("linear", weight.codes.device.type, weight.spec)
+        self._apply = linears((weight,))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._op(x, self.weight)
+        return self._apply(x)[0]

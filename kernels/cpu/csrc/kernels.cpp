@@ -683,6 +683,74 @@ void qwenrun_cpu_linear(const Matrix *w, const float *x, int64_t tokens, float *
     });
 }
 
+// y: float [tokens, rows] of each of `count` matrices, one after the other; all read the same x [tokens, cols].
+void qwenrun_cpu_linears(const Matrix *const *ws, int64_t count, const float *x, int64_t tokens, float *y) {
+    if (tokens > 1 || count == 1) {
+        for (int64_t i = 0; i < count; y += tokens * ws[i]->rows, ++i) qwenrun_cpu_linear(ws[i], x, tokens, y);
+        return;
+    }
+    // One token: one loop over the pieces of all matrices. What is alike in two matrices rounds x alike.
+    struct Job {
+        const Matrix *w;
+        const Rounded *tiled;
+        const Acts *plain;
+        float *y;
+        int64_t first, last;
+    };
+    std::vector<std::unique_ptr<Rounded>> rounded;
+    std::vector<std::unique_ptr<Acts>> prepared;
+    std::vector<Job> jobs;
+    const int64_t zero = 0;
+    const Matrix *before = nullptr;
+    for (int64_t i = 0; i < count; y += ws[i]->rows, ++i) {
+        const Matrix &w = *ws[i];
+        const bool same = before && before->kind == w.kind && before->tile == w.tile && before->block == w.block &&
+                          before->scale == w.scale && !before->zeros == !w.zeros;
+        if (!same) {
+            if (w.tile) {
+                if (rounded.size() == 2) {  // two kinds have scratch memory; more are rare
+                    for (; i < count; y += ws[i]->rows, ++i) qwenrun_cpu_linear(ws[i], x, 1, y);
+                    break;
+                }
+                rounded.emplace_back(new Rounded(round_for(w, x, 1, static_cast<int>(rounded.size()))));
+            } else {
+                prepared.emplace_back(new Acts(prepare(w, x, 1)));
+            }
+        }
+        before = &w;
+        if (w.tile) {
+            const int64_t n = w.rows / 16, step = tiles_per_task(w, n, 1);
+            for (int64_t t = 0; t < n; t += step)
+                jobs.push_back({&w, rounded.back().get(), nullptr, y + 16 * t, t, std::min(n, t + step)});
+        } else {
+            const int64_t step = rows_per_task(w.rows, 1);
+            for (int64_t r = 0; r < w.rows; r += step)
+                jobs.push_back({&w, nullptr, prepared.back().get(), y + r, r, std::min(w.rows, r + step)});
+        }
+    }
+    Pool::get().each(static_cast<int64_t>(jobs.size()), [&](int64_t i) {
+        const Job &job = jobs[i];
+        if (job.tiled) tiles_times(*job.w, job.first, job.last, *job.tiled, &zero, 1, job.y, 0);
+        else block_times(*job.w, job.first, job.last, *job.plain, &zero, 1, job.y, 1);
+    });
+}
+
+// y [tokens, down.rows] = down(silu(gate x) * up x).
+void qwenrun_cpu_swiglu(const Matrix *gate, const Matrix *up, const Matrix *down, const float *x, int64_t tokens,
+                        float *y) {
+    thread_local std::vector<float> middle;
+    const int64_t inner = gate->rows * tokens;
+    if (static_cast<int64_t>(middle.size()) < 2 * inner) middle.resize(2 * inner);
+    const Matrix *both[] = {gate, up};
+    qwenrun_cpu_linears(both, 2, x, tokens, middle.data());
+    float *made = middle.data();
+    if (tokens == 1) tiles()->silu_times(made, made + inner, inner);
+    else Pool::get().each(tokens, [&](int64_t t) {
+        tiles()->silu_times(made + t * gate->rows, made + inner + t * gate->rows, gate->rows);
+    });
+    qwenrun_cpu_linear(down, made, tokens, y);
+}
+
 // out float [tokens, hidden]: for each token the sum over its k experts, in order, of weight x down(silu(gate x) *
 // up x). gate_up and down are stacks; index int64 [tokens, k] says which of them, and none but those is read.
 void qwenrun_cpu_experts(const Matrix *gate_up, const Matrix *down, const float *x, int64_t tokens, int64_t k,

@@ -207,6 +207,27 @@ void qwenrun_cpu_delta_rule(const float *q, const float *k, const float *v, cons
     });
 }
 
+// A DeltaNet layer between its projections: qkv [T, C] and z [T, nv, dv], b and a [T, nv] in, out [T, nv, dv].
+// decay [nv] is -exp(A_log).
+void qwenrun_cpu_delta_net(const float *qkv, const float *z, const float *b, const float *a, const float *conv_weight,
+                           float *conv_state, const float *decay, const float *dt_bias, const float *norm, float eps,
+                           float *state, int64_t tokens, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
+                           int64_t taps, float *out) {
+    const int64_t keys = key_heads * dk, channels = 2 * keys + value_heads * dv, many = tokens * value_heads;
+    float *mixed = room(2, tokens * channels + 2 * many + many * dv), *beta = mixed + tokens * channels;
+    float *g = beta + many, *read = g + many;
+    qwenrun_cpu_conv(qkv, conv_weight, conv_state, tokens, channels, taps, mixed);
+    for (int64_t i = 0; i < many; ++i) {
+        beta[i] = 1.0f / (1.0f + exp_float(-b[i]));
+        const float x = a[i] + dt_bias[i % value_heads];
+        // log(1 + e^x) without overflow; beyond 20 it is x.
+        g[i] = decay[i % value_heads] * (x > 20.0f ? x : std::log1p(exp_float(x)));
+    }
+    qwenrun_cpu_delta_rule(mixed, mixed + keys, mixed + 2 * keys, g, beta, state, tokens, key_heads, value_heads, dk, dv,
+                           channels, channels, channels, read);
+    qwenrun_cpu_gated_rms_norm(read, norm, z, eps, many, dv, out);
+}
+
 // Attention of few queries q [T, Hq, D] over S cached keys and values [S, Hkv, D], causal, the last query sees all.
 // kind 0: float32, 1: bf16, 2: int8 with half float scales [S, Hkv]; strides in elements. The cache is cut into runs
 // of KEYS rows, whose results are merged in their order.
