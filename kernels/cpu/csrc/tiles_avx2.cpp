@@ -50,6 +50,8 @@ struct Avx2 {
         const __m256i v = _mm256_set1_epi32(four);
         part.a = _mm256_add_epi16(part.a, _mm256_maddubs_epi16(w.a, v));
         part.b = _mm256_add_epi16(part.b, _mm256_maddubs_epi16(w.b, v));
+        // Keeps the compiler from collecting the products of a whole slab before it adds them: there are 16 registers.
+        asm("" : "+x"(part.a), "+x"(part.b));
     }
     static inline void add(I &sum, Part part) {
         const __m256i ones = _mm256_set1_epi16(1);
