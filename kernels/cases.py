@@ -32,6 +32,12 @@ SPECS = {
     "int8-g32": BlockSpec("int8", 32, "f16"),
     "bf16": BlockSpec("bf16"),
     "f32": BlockSpec("f32"),
+    "int4-g128-tiled": BlockSpec("int4", 128, "f16", tile=True),
+    "int4-g64-tiled": BlockSpec("int4", 64, "f16", tile=True),
+    "int4-g32-tiled": BlockSpec("int4", 32, "f16", tile=True),
+    "int4-g128-zero-tiled": BlockSpec("int4", 128, "f16", zero=True, tile=True),
+    "nvfp4-tiled": BlockSpec("e2m1", 16, "e4m3", tensor_scale=True, tile=True),
+    "mxfp4-tiled": BlockSpec("e2m1", 32, "e8m0", tile=True),
 }
 
 
@@ -69,7 +75,7 @@ class Case:
 
 # Activations rounded to 8 bits with a scale a block err by 1/254 of the block's largest value at most, by 0.3 to 0.6 %
 # of the result on random ones; an expert rounds twice, and multiplies two such results.
-ROUNDED = {"linear": 1.5e-2, "experts": 4e-2}
+ROUNDED = {"linear": 1.5e-2, "linears": 1.5e-2, "experts": 4e-2, "swiglu": 4e-2}
 # Float32 sums of a few thousand products err by some 1e-6; an error of structure is larger than 1e-2.
 FLOAT32 = 1e-5
 
@@ -84,18 +90,33 @@ def _all() -> Iterator[Case]:
         cols = 384
         # A row more and one less than a power of two; one token and several.
         for tokens, rows in ((1, 65), (3, 31), (17, 64)):
+            rows = -(-rows // spec.group) * spec.group
             size = spec.nbytes(rows, cols)
             dims = {"T": tokens, "N": rows, "K": cols}
             yield Case("linear", dims, FLOAT32, size + 4 * tokens * cols, 2 * tokens * rows * cols, storage)
-        yield Case("embedding", {"T": 5, "V": 67, "H": 256}, FLOAT32, spec.nbytes(5, 256), 0, storage)
+        vocabulary = 64 if spec.tile else 67
+        read = spec.nbytes(5 * spec.group, 256)
+        yield Case("embedding", {"T": 5, "V": vocabulary, "H": 256}, FLOAT32, read, 0, storage)
         for tokens, experts, k in ((1, 5, 3), (2, 7, 2), (9, 4, 2)):
             dims = {"T": tokens, "E": experts, "k": k, "H": 128, "I": 128}
             touched = min(experts, tokens * k)
             size = touched * (spec.nbytes(256, 128, 2) + spec.nbytes(128, 128))
             yield Case("experts", dims, FLOAT32, size, 2 * tokens * k * 3 * 128 * 128, storage)
-    for tokens, experts, k in ((1, 16, 3), (7, 5, 5)):
-        dims = {"T": tokens, "E": experts, "k": k, "H": 96}
-        yield Case("router", dims, FLOAT32, 4 * experts * 96, 2 * tokens * experts * 96)
+    for storage in ("int4-g32-tiled", "nvfp4-tiled", "int8-g32", "bf16"):
+        spec = SPECS[storage]
+        for tokens in (1, 2, 6):
+            # The matrix in the named format, one in bf16 and one more, as a layer's projections may be.
+            sizes = spec.nbytes(80, 128) + SPECS["bf16"].nbytes(3, 128) + _third(storage).nbytes(33, 128)
+            dims = {"T": tokens, "N": 80, "K": 128}
+            yield Case("linears", dims, FLOAT32, sizes, 2 * tokens * 116 * 128, storage)
+            dims = {"T": tokens, "I": 64, "H": 128}
+            size = 2 * spec.nbytes(64, 128) + spec.nbytes(128, 64)
+            yield Case("swiglu", dims, FLOAT32, size, 6 * tokens * 64 * 128, storage)
+    for storage in ("bf16", "f32"):
+        for tokens, experts, k in ((1, 16, 3), (7, 5, 5)):
+            dims = {"T": tokens, "E": experts, "k": k, "H": 96}
+            read = SPECS[storage].nbytes(experts, 96)
+            yield Case("router", dims, FLOAT32, read, 2 * tokens * experts * 96, storage)
     for tokens, length, heads, groups, dim in (
         (1, 1, 4, 2, 32),
         (1, 2500, 3, 1, 64),
@@ -109,6 +130,9 @@ def _all() -> Iterator[Case]:
         state = value_heads * 16 * 24
         # Chunks of 64 decays multiply up to 64 roundings.
         yield Case("delta_rule", dims, 1e-4, 4 * state, 7 * tokens * state)
+    for tokens in (1, 3, 70):
+        dims = {"T": tokens, "nk": 2, "nv": 4, "dk": 16, "dv": 24}
+        yield Case("delta_net", dims, 1e-4, 4 * (4 * 16 * 24 + 160 * 7), 7 * tokens * 4 * 16 * 24 + 8 * tokens * 160)
     for tokens in (1, 2, 3, 70):
         yield Case("conv", {"T": tokens, "C": 37}, FLOAT32, 4 * 37 * 7, 8 * tokens * 37)
     for zero_centred in (True, False):
@@ -122,8 +146,16 @@ def _all() -> Iterator[Case]:
         )
 
 
+def _third(storage: str) -> BlockSpec:
+    """One more format beside `storage` and bf16; plain beside a plain one, whose bound is that of exact products."""
+    return SPECS["bf16" if SPECS[storage].plain else "int8-g32"]
+
+
 def inputs(case: Case, generator: torch.Generator) -> tuple[Any, ...]:
-    """Fresh random arguments for `case`, in the order of its op; state tensors among them are the op's to change."""
+    """Fresh random arguments for `case`, in the order of its op; state tensors among them are the op's to change.
+
+    One of `ops.FACTORIES` takes all but the last, and what it gives takes the last.
+    """
     d = case.dims
 
     def normal(*shape: int) -> Tensor:
@@ -141,8 +173,14 @@ def inputs(case: Case, generator: torch.Generator) -> tuple[Any, ...]:
         down = encode(normal(d["E"], d["H"], d["I"]), SPECS[case.storage])
         index = torch.stack([torch.randperm(d["E"], generator=generator)[: d["k"]] for _ in range(d["T"])])
         return normal(d["T"], d["H"]) / 16, gate_up, down, index, normal(d["T"], d["k"]).softmax(-1)
+    if case.op == "linears":
+        specs = {d["N"]: SPECS[case.storage], 3: SPECS["bf16"], 33: _third(case.storage)}
+        return [encode(normal(rows, d["K"]), spec) for rows, spec in specs.items()], normal(d["T"], d["K"])
+    if case.op == "swiglu":
+        shapes = [(d["I"], d["H"]), (d["I"], d["H"]), (d["H"], d["I"])]
+        return *(encode(normal(*shape) / 8, SPECS[case.storage]) for shape in shapes), normal(d["T"], d["H"])
     if case.op == "router":
-        return normal(d["T"], d["H"]), normal(d["E"], d["H"]) / 4, d["k"]
+        return normal(d["T"], d["H"]), encode(normal(d["E"], d["H"]) / 4, SPECS[case.storage]), d["k"]
     if case.op == "attention":
         key, value = (normal(d["S"], d["Hkv"], d["D"]) for _ in range(2))
         return normal(d["T"], d["Hq"], d["D"]), key, value, d["D"] ** -0.5
@@ -151,6 +189,22 @@ def inputs(case: Case, generator: torch.Generator) -> tuple[Any, ...]:
         decay = -torch.rand(d["T"], d["nv"], generator=generator).square() * 3
         beta = torch.rand(d["T"], d["nv"], generator=generator)
         return q, k, normal(d["T"], d["nv"], d["dv"]), decay, beta, normal(d["nv"], d["dk"], d["dv"])
+    if case.op == "delta_net":
+        values = d["nv"] * d["dv"]
+        channels = 2 * d["nk"] * d["dk"] + values
+        return (
+            normal(d["T"], channels),
+            normal(d["T"], values),
+            normal(d["T"], d["nv"]),
+            normal(d["T"], d["nv"]) * 3,
+            normal(channels, 4),
+            normal(3, channels),
+            -torch.rand(d["nv"], generator=generator),
+            normal(d["nv"]),
+            normal(d["dv"]),
+            1e-6,
+            normal(d["nv"], d["dk"], d["dv"]),
+        )
     if case.op == "conv":
         return normal(d["T"], d["C"]), normal(d["C"], 4), normal(3, d["C"])
     if case.op == "rms_norm":

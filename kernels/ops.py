@@ -19,6 +19,9 @@ from qwenrun.kernels.dispatch import pick
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
+# Ops that are given weights and give back the callable that computes.
+FACTORIES = ("linears", "swiglu")
+
 OPS = (
     "encode",
     "decode",
@@ -113,7 +116,7 @@ def sum_in_order(rows: Tensor) -> Tensor:
     return out
 
 
-def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
     """The top k of softmax(gate x) over all experts in float32, renormalised to sum 1.
 
     x [T, H], gate [E, H] -> index int64 [T, k], weight float32 [T, k], the largest first.

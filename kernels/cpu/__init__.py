@@ -202,11 +202,11 @@ def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]
     return apply
 
 
-def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `qwenrun.kernels.ops.router`. A gate that is not BF16 is the reference's."""
-    if gate.dtype != torch.bfloat16:
+def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
+    """See `qwenrun.kernels.ops.router`. A gate this backend does not multiply with is the reference's."""
+    if gate.spec.codes != "bf16" and _refuses("linear", gate.spec):
         return ref.router(x, gate, k)
-    logits = linear(_float_rows(x), Weight.plain(gate))
+    logits = linear(_float_rows(x), gate)
     tokens, experts = logits.shape
     index = torch.empty(tokens, k, dtype=torch.int64)
     weight = torch.empty(tokens, k, dtype=torch.float32)
@@ -338,7 +338,8 @@ def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -
         )
         keys, values, k_scales, v_scales, kind = k.codes, v.codes, k.scales, v.scales, 2
     else:
-        assert isinstance(k, Tensor) and isinstance(v, Tensor)
+        assert isinstance(k, Tensor)
+        assert isinstance(v, Tensor)
         served = k.dtype == v.dtype and k.dtype in _KV and v.shape[-1] == size
         keys, values, k_scales, v_scales, kind = k, v, None, None, _KV.get(k.dtype, 0)
     arrays = (keys, values, k_scales, v_scales)

@@ -30,6 +30,6 @@ __all__ = [
     "linears",
     "rms_norm",
     "rope_tables",
-    "swiglu",
     "router",
+    "swiglu",
 ]

@@ -50,9 +50,9 @@ def embedding(ids: Tensor, w: Weight) -> Tensor:
     return rows.unflatten(0, (-1, group))[torch.arange(len(ids), device=ids.device), ids % group]
 
 
-def router(x: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
     """See `qwenrun.kernels.ops.router`."""
-    return top_k(F.linear(x.float(), gate.float()), k)
+    return top_k(linear(x.float(), gate), k)
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class MoE:
 
     def __init__(self, top_k: int, router: Tensor, routed: Routed, shared: DenseMLP, shared_gate: Linear) -> None:
         self.top_k = top_k
-        self.router, self.routed = router, routed
+        self.router, self.routed = Weight.plain(router), routed
         self.shared, self.shared_gate = shared, shared_gate
         self._router = bind("router", router.device.type)
 

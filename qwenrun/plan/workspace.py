@@ -63,9 +63,9 @@ def steps(config: ModelConfig, codes: Codes, tokens: int, ctx: int) -> dict[str,
         "attention projections": linear(2 * config.num_heads * config.head_dim, hidden, dense),
         "attention": _attention(config, tokens, ctx),
         "delta projections": linear(channels, hidden, dense),
-        # Input, the window with the state's rows before it, a product for each tap, result.
-        "convolution": FLOAT * tokens * channels * (3 + config.conv_kernel),
-        "delta rule": _delta_rule(config, tokens),
+        # Input, the window with the state's rows before it, a product for each tap, result; the gate waits.
+        "convolution": FLOAT * tokens * (channels * (3 + config.conv_kernel) + values),
+        "delta rule": FLOAT * tokens * values + _delta_rule(config, tokens),
         # Queries, keys and values; gate; result, and three copies on its way through the norm.
         "delta norm": FLOAT * tokens * (channels + 5 * values),
         "logits": FLOAT * 2 * config.vocab_size + DECODING[dense] * min(config.vocab_size * hidden, DECODE_VALUES),

@@ -35,6 +35,8 @@ def naive_decode(w: Weight) -> np.ndarray:
         return w.codes.double().numpy()
     lead = w.codes.shape[:-2]
     out = np.zeros((*lead, w.rows, w.cols))
+    if w.spec.tile:
+        return naive_tiles(w, out)
     for at in np.ndindex(*lead, w.rows):
         codes, scales = w.codes[at].tolist(), w.scales[at].tolist()
         row = at[-1]
@@ -62,6 +64,32 @@ def naive_decode(w: Weight) -> np.ndarray:
     return out
 
 
+def naive_tiles(w: Weight, out: np.ndarray) -> np.ndarray:
+    """`naive_decode` for 16 rows interleaved: where a value lies, from the description of the layout."""
+    blocks = w.cols // w.spec.block
+    for at in np.ndindex(*out.shape[:-1]):
+        matrix, row = at[:-1], at[-1]
+        line, r = (*matrix, row // 16), row % 16
+        codes, scales = w.codes[line].tolist(), w.scales[line].tolist()
+        zeros = None if w.zeros is None else w.zeros[line].tolist()
+        factor = 1.0
+        if w.tensor_scale is not None:
+            per_matrix = w.tensor_scale[matrix].tolist()
+            factor = per_matrix[row * len(per_matrix) // w.rows]
+        assert len(scales) == 16 * blocks
+        for c in range(w.cols):
+            byte, block = codes[c // 8 * 64 + 4 * r + c % 4], c // w.spec.block
+            code = byte >> 4 if c % 8 >= 4 else byte & 15
+            scale = scales[16 * block + r]
+            if w.spec.codes == "e2m1":
+                scale = e4m3(scale) if w.spec.scale == "e4m3" else 2.0 ** (scale - 127)
+                value = (-1.0 if code & 8 else 1.0) * E2M1[code & 7]
+            else:
+                value = float(code - (8 if zeros is None else zeros[8 * block + r % 8] >> 4 * (r // 8) & 15))
+            out[(*at, c)] = value * scale * factor
+    return out
+
+
 def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
@@ -82,8 +110,13 @@ def naive(case: Case, args: tuple) -> list[np.ndarray]:
                 half = len(both) // 2
                 out[t] += weight * (down[expert] @ (silu(both[:half]) * both[half:]))
         return [out]
+    if case.op == "linears":
+        return [a[1] @ naive_decode(w).T for w in args[0]]
+    if case.op == "swiglu":
+        gate, up, down = (naive_decode(w) for w in args[:3])
+        return [(silu(a[3] @ gate.T) * (a[3] @ up.T)) @ down.T]
     if case.op == "router":
-        logits = a[0] @ a[1].T
+        logits = a[0] @ naive_decode(args[1]).T
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         index = np.argsort(-p, axis=-1, kind="stable")[:, : args[2]]
@@ -117,6 +150,18 @@ def naive(case: Case, args: tuple) -> list[np.ndarray]:
         window = np.concatenate([state, u])
         out = np.stack([sum(window[t + i] * weight[:, i] for i in range(4)) for t in range(len(u))])
         return [silu(out), window[-3:]]
+    if case.op == "delta_net":
+        d, tokens = case.dims, case.dims["T"]
+        mixed, window = naive(Case("conv", d, 0, 0, 0), (args[0], args[4], args[5]))
+        keys = d["nk"] * d["dk"]
+        q, k, v = (torch.from_numpy(x) for x in np.split(mixed, [keys, 2 * keys], axis=1))
+        g, beta = a[6] * np.log1p(np.exp(a[3] + a[7])), 1 / (1 + np.exp(-a[2]))
+        heads = [x.reshape(tokens, -1, d["dk"]) for x in (q, k)] + [v.reshape(tokens, -1, d["dv"])]
+        rule = (*heads, torch.from_numpy(g), torch.from_numpy(beta), args[10])
+        out, state = naive(Case("delta_rule", d, 0, 0, 0), rule)
+        o, w, z = torch.from_numpy(out), args[8], args[1].reshape(tokens, -1, d["dv"])
+        out = naive(Case("gated_rms_norm", d, 0, 0, 0), (o, w, z, 1e-6))[0]
+        return [out.reshape(tokens, -1), window, state]
     if case.op == "rms_norm":
         x, w, eps, zero_centred = a
         return [x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (w + 1 if zero_centred else w)]
@@ -146,7 +191,7 @@ def guarded(state: Tensor) -> tuple[Tensor, Tensor]:
     return buffer, buffer[1:-1]
 
 
-STATE_ARGUMENT = {"delta_rule": 5, "conv": 2}
+STATES = {"delta_rule": (5,), "conv": (2,), "delta_net": (5, 10)}
 
 
 @pytest.mark.parametrize("backend", list(backends()))
@@ -157,23 +202,24 @@ def test_case(case: Case, backend: str) -> None:
     seed = random.randrange(1 << 31)
     args = list(inputs(case, torch.Generator().manual_seed(seed)))
     expected = naive(case, tuple(x.clone() if isinstance(x, Tensor) else x for x in args))
-    buffer = None
-    if case.op in STATE_ARGUMENT:
-        at = STATE_ARGUMENT[case.op]
+    buffers = []
+    for at in STATES.get(case.op, ()):
         buffer, args[at] = guarded(args[at])
+        buffers.append(buffer)
     before = [x.clone() if isinstance(x, Tensor) else None for x in args]
-    result = getattr(backends()[backend], case.op)(*args)
-    results = list(result) if isinstance(result, tuple) else [result]
+    kernel = getattr(backends()[backend], case.op)
+    result = kernel(*args[:-1])(args[-1]) if case.op in ops.FACTORIES else kernel(*args)
+    results = list(result) if isinstance(result, (tuple, list)) else [result]
     bound = case.bound_of(backends()[backend].BACKEND)
-    if buffer is not None:
-        results.append(args[STATE_ARGUMENT[case.op]])
+    results += [args[at] for at in STATES.get(case.op, ())]
+    for buffer in buffers:
         assert buffer[0].isnan().all()
         assert buffer[-1].isnan().all()
     for got, wanted in zip(results, expected, strict=True):
         assert list(got.shape) == list(wanted.shape)
         assert distance(got.double().numpy(), np.asarray(wanted, dtype=float)) <= bound, f"seed {seed}"
     for number, (old, new) in enumerate(zip(before, args)):
-        if old is not None and number != STATE_ARGUMENT.get(case.op):
+        if old is not None and number not in STATES.get(case.op, ()):
             assert torch.equal(old, new), f"argument {number} was changed (seed {seed})"
 
 

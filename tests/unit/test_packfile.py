@@ -84,10 +84,26 @@ def array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
     return (out.astype("<u4") << 16).view("<f4") if dtype == "BF16" else out
 
 
+def untiled(parts: dict[str, np.ndarray], rows: int, cols: int, blocks: int) -> dict[str, np.ndarray]:
+    """The parts of a tiled matrix as if its rows followed each other."""
+    r, c, b = np.arange(rows)[:, None], np.arange(cols)[None], np.arange(blocks)[None]
+    byte = parts["codes"].ravel()[(r // 16 * (cols // 8) + c // 8) * 64 + 4 * (r % 16) + c % 4]
+    code = np.where(c % 8 < 4, byte & 15, byte >> 4)
+    out = {"codes": code[:, 0::2] | code[:, 1::2] << 4}
+    out["scales"] = parts["scales"].ravel()[(r // 16 * blocks + b) * 16 + r % 16]
+    if "zeros" in parts:
+        zeros = parts["zeros"].ravel()[(r // 16 * blocks + b) * 8 + r % 8]
+        zeros = np.pad(np.where(r % 16 < 8, zeros & 15, zeros >> 4), ((0, 0), (0, blocks % 2)))
+        out["zeros"] = zeros[:, 0::2] | zeros[:, 1::2] << 4
+    return out
+
+
 def values(spec: dict, rows: int, cols: int, parts: dict[str, np.ndarray]) -> np.ndarray:
     if "block" not in spec:
         return parts["codes"].astype(float)
     block = spec["block"]
+    if spec.get("tile"):
+        parts = parts | untiled(parts, rows, cols, cols // block)
     codes = parts["codes"] if spec["codes"] == "int8" else nibbles(parts["codes"], cols)
     zero = 8 if spec["codes"] == "int4" else 0
     if "zeros" in parts:
@@ -103,12 +119,14 @@ def values(spec: dict, rows: int, cols: int, parts: dict[str, np.ndarray]) -> np
 def part_list(spec: dict, rows: int, cols: int, gate_up: bool) -> list[tuple[str, str, list[int]]]:
     four = spec["codes"] in ("int4", "e2m1")
     kind = {"int8": "I8", "bf16": "BF16", "f32": "F32", "f16": "F16"}.get(spec["codes"], "U8")
+    if spec.get("tile"):
+        rows, cols = rows // 16, cols * 16
     out = [("codes", kind, [rows, cols // 2 if four else cols])]
     if "block" in spec:
         blocks = cols // spec["block"]
         out.append(("scales", "F16" if spec["scale"] == "f16" else "U8", [rows, blocks]))
         if spec.get("zero"):
-            out.append(("zeros", "U8", [rows, (blocks + 1) // 2]))
+            out.append(("zeros", "U8", [rows, blocks // 2 if spec.get("tile") else (blocks + 1) // 2]))
         if spec.get("tensor_scale"):
             out.append(("tensor_scale", "F32", [2 if gate_up else 1]))
     return out
@@ -117,7 +135,7 @@ def part_list(spec: dict, rows: int, cols: int, gate_up: bool) -> list[tuple[str
 def foreign_read(pack: Path) -> dict[str, np.ndarray]:
     """{name: values} of a pack."""
     manifest = json.loads((pack / "pack.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     data = (pack / "dense.safetensors").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header, base = json.loads(data[8 : 8 + length]), 8 + length
@@ -286,10 +304,10 @@ def renamed(document: dict, layer: str, prefix: str = "model.language_model.") -
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda d: d.update(format_version=2), "format version 2"),
+        (lambda d: d.update(format_version=1), "format version 1"),
         (lambda d: d.update(format_version="1"), "format version"),
         (lambda d: d.update(format_version=True), "format version"),
-        (lambda d: d.update(format_version=1.0), "format version"),
+        (lambda d: d.update(format_version=2.0), "format version"),
         (lambda d: d.update(format="zip"), "not the manifest"),
         (lambda d: d["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}), "no name for a file"),
         (lambda d: d["files"].update({"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}}), "no name for a file"),
