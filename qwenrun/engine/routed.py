@@ -62,10 +62,14 @@ class RoutedExperts:
         if self.trace is not None:
             self.trace(chosen)
         wanted = chosen + self._first
-        unique, counts = np.unique(wanted, return_counts=True)
-        keys = unique.tolist()
+        if len(chosen) == 1:
+            keys = wanted[0].tolist()  # one token's choices are distinct
+            counts = [1] * len(keys)
+        else:
+            unique, many = np.unique(wanted, return_counts=True)
+            keys, counts = unique.tolist(), many.tolist()
         self._tokens += len(chosen)
-        cache.touch(keys, counts.tolist(), self._tokens)
+        cache.touch(keys, counts, self._tokens)
         cache.stats.lookups += len(keys)
         slots = cache.lookup(wanted)
         if slots is not None:

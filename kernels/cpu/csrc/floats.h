@@ -3,6 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 typedef float v8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 
@@ -13,6 +17,14 @@ static inline v8 load8(const float *at) {
 }
 static inline void store8(float *at, v8 v) { std::memcpy(at, &v, sizeof v); }
 static inline v8 all8(float x) { return v8{x, x, x, x, x, x, x, x}; }
+// a b + c, rounded once where the processor can.
+static inline v8 fma8(v8 a, v8 b, v8 c) {
+#if defined(__FMA__)
+    return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
 static inline float sum8(v8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 // e^x to 2 units in the last place: x = n ln 2 + r, a polynomial in r (Cephes' expf), 2^n put into the exponent.
@@ -44,10 +56,10 @@ static inline float dot(const float *a, const float *b, int64_t count) {
     v8 s0 = {}, s1 = {}, s2 = {}, s3 = {};
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) {
-        s0 += load8(a + i) * load8(b + i);
-        s1 += load8(a + i + 8) * load8(b + i + 8);
-        s2 += load8(a + i + 16) * load8(b + i + 16);
-        s3 += load8(a + i + 24) * load8(b + i + 24);
+        s0 = fma8(load8(a + i), load8(b + i), s0);
+        s1 = fma8(load8(a + i + 8), load8(b + i + 8), s1);
+        s2 = fma8(load8(a + i + 16), load8(b + i + 16), s2);
+        s3 = fma8(load8(a + i + 24), load8(b + i + 24), s3);
     }
     float sum = sum8((s0 + s1) + (s2 + s3));
     for (; i < count; ++i) sum += a[i] * b[i];

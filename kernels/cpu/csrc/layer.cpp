@@ -64,7 +64,7 @@ template <int V> inline void delta_token(float *state, int64_t dk, int64_t dv, c
     for (int i = 0; i < V; ++i) held[i] = read[i] = v8{};
     for (int64_t d = 0; d < dk; ++d) {
         const v8 by = all8(k[d]);
-        for (int i = 0; i < V; ++i) held[i] += load8(state + d * dv + 8 * i) * by;
+        for (int i = 0; i < V; ++i) held[i] = fma8(load8(state + d * dv + 8 * i), by, held[i]);
     }
     const v8 g = all8(decay), b = all8(beta);
     for (int i = 0; i < V; ++i) held[i] = b * (load8(v + 8 * i) - g * held[i]);
@@ -72,9 +72,9 @@ template <int V> inline void delta_token(float *state, int64_t dk, int64_t dv, c
         const v8 key = all8(k[d]), query = all8(q[d]);
         for (int i = 0; i < V; ++i) {
             float *at = state + d * dv + 8 * i;
-            const v8 s = g * load8(at) + key * held[i];
+            const v8 s = fma8(key, held[i], g * load8(at));
             store8(at, s);
-            read[i] += s * query;
+            read[i] = fma8(s, query, read[i]);
         }
     }
     for (int i = 0; i < V; ++i) store8(out + 8 * i, read[i]);
@@ -277,7 +277,9 @@ void qwenrun_cpu_attention(const float *q, const void *k, const void *v, const u
                     const float weight = exp_float(score[s] - most);
                     const float *value = rows + s * size;
                     top[1] += weight;
-                    for (int64_t i = 0; i < size; ++i) mixed[i] += weight * value[i];
+                    int64_t i = 0;
+                    for (; i + 8 <= size; i += 8) store8(mixed + i, fma8(all8(weight), load8(value + i), load8(mixed + i)));
+                    for (; i < size; ++i) mixed[i] += weight * value[i];
                 }
             }
         }
