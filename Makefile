@@ -20,7 +20,7 @@ DEMO_MODEL := qwenrun/demo/model
 DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model demo-eval test lint type fmt bench bench-budget bench-peer synth docs wheel clean
+.PHONY: help setup demo demo-model demo-eval test lint type fmt bench bench-budget bench-peer sanitize synth docs wheel clean
 
 # What `make synth` writes, and where; what the budget and peer benchmarks run on.
 MODEL ?= 122b
@@ -113,6 +113,21 @@ bench-budget: setup ## speed inside 25, 50, 75 and 100 % of the memory, even and
 $(PEER_VENV)/bin/python:
 	$(PYTHON) -m venv $(PEER_VENV)
 	CMAKE_ARGS="-DGGML_NATIVE=on -DLLAMA_CURL=off" $(PEER_VENV)/bin/pip install 'llama-cpp-python>=0.3.36'
+
+# The kernels with the compiler's checks; the interpreter is not built with them, so their runtime is loaded first.
+TSAN := ignore_noninstrumented_modules=1:exitcode=66
+SANITIZERS := address,undefined thread
+sanitize: setup ## the CPU kernels' tests under AddressSanitizer and UBSan, then ThreadSanitizer
+	@set -e; mkdir -p build; for kind in $(SANITIZERS); do \
+	  echo "== -fsanitize=$$kind"; \
+	  $(CXX) -std=c++17 -O1 -g -fsanitize=$$kind -fno-sanitize-recover=undefined -ffp-contract=off -fPIC -shared \
+	    -pthread kernels/cpu/csrc/*.cpp -o build/_kernels-sanitized.so; \
+	  case $$kind in thread) runtime=libtsan.so;; *) runtime=libasan.so;; esac; \
+	  LD_PRELOAD=$$($(CXX) -print-file-name=$$runtime) ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=$(TSAN) \
+	    QWENRUN_CPU_LIBRARY=build/_kernels-sanitized.so QWENRUN_THREADS=4 OMP_NUM_THREADS=1 \
+	    $(BIN)/pytest -q -p no:cacheprovider tests/unit/test_ops.py tests/unit/test_cpu_kernels.py \
+	    -k "cpu and not fork and not without_the_library and not number_of_threads"; \
+	done
 
 bench-peer: setup $(PEER_VENV)/bin/python ## beside llama.cpp in the same memory (root, cgroup v1, 8 GB of disk): LIMIT=
 	$(BIN)/python -m qwenrun.measure.peer make $(BENCH)/peer

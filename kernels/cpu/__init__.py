@@ -8,6 +8,7 @@ the rest. Without the library (no compiler when it was installed) the backend re
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -22,6 +23,8 @@ from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
 VERSION = 2
+# A library to load in place of the installed one: one with sanitizers, say.
+LIBRARY_ENV = "QWENRUN_CPU_LIBRARY"
 _CODES = {"int4": 0, "int8": 1, "e2m1": 2, "bf16": 3}
 _SCALES = {"f16": 0, "e4m3": 1, "e8m0": 2, "": 0}
 # Columns whose products are summed before they are widened: a tiled matrix's blocks are made of whole ones.
@@ -61,8 +64,9 @@ _KV = {torch.float32: 0, torch.bfloat16: 1}
 @cache
 def library() -> ctypes.CDLL | str:
     """The compiled library, or a sentence why there is none."""
-    here = Path(__file__).parent
-    found = [here / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES if (here / f"_kernels{suffix}").is_file()]
+    here, other = Path(__file__).parent, os.environ.get(LIBRARY_ENV)
+    found = [here / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
+    found = [Path(other)] if other else [path for path in found if path.is_file()]
     if not found:
         return "was not compiled when qwenrun was installed: it needs a C++ compiler"
     try:

@@ -35,6 +35,7 @@ from typing import IO, Any
 import numpy as np
 
 from qwenrun.errors import QwenrunError, UsageError
+from qwenrun.measure.bandwidth import read_bandwidth
 from qwenrun.measure.synth import WIDTHS, Lines, Pool, guarded, synth_config, synthesize
 from qwenrun.model.config import ModelConfig
 from qwenrun.quant.recipe import Recipe
@@ -724,6 +725,29 @@ def shown(result: Result, peer: float | None) -> str:
     return "  ".join(parts) + (f"  [{notes}]" if notes else "")
 
 
+def summary(results: Sequence[Result], bandwidth: float) -> str:
+    """One line of ratios out of the results without a limit: `int4` to the faster way llama.cpp runs Q4_K_M, in decode
+    and prefill; its bytes per second to the read bandwidth; `nvfp4`'s bytes per second to `int4`'s. "-" where a
+    side is missing."""
+    free = [r for r in results if r.limit is None]
+
+    def best(name: str, what: str) -> float | None:
+        return max((v for r in free if Path(r.file).stem == name and (v := getattr(r, what))), default=None)
+
+    def rate(name: str) -> float | None:
+        return max((r.decode * (r.bytes_per_token or 0) for r in free if r.file == name and r.decode), default=None)
+
+    def ratio(a: float | None, b: float | None) -> str:
+        return f"{a / b:.2f}" if a and b else "-"
+
+    ours, theirs, stream = "int4", "q4_k_m", rate("int4.pack")
+    return (
+        f"ratio decode={ratio(best(ours, 'decode'), best(theirs, 'decode'))}"
+        f" prefill={ratio(best(ours, 'prefill'), best(theirs, 'prefill'))}"
+        f" bandwidth_share={ratio(stream, bandwidth)} nvfp4_over_int4={ratio(rate('nvfp4.pack'), stream)}"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m qwenrun.measure.peer", description="qwenrun beside llama.cpp.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -786,6 +810,8 @@ def _run(options: argparse.Namespace, names: Sequence[str]) -> None:
         print(f"llama-cpp-python {check_peer(options.python)}", file=sys.stderr)
     # An end from outside must end the engine too: as an exception it does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    bandwidth, how = read_bandwidth()
+    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, {how}", file=sys.stderr)
     results: list[Result] = []
     best: dict[int | None, float] = {}
     for result in compare(options.folder, options.python, limits, task, names):
@@ -795,9 +821,12 @@ def _run(options: argparse.Namespace, names: Sequence[str]) -> None:
         print(shown(result, best.get(result.limit)), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
         content = [result.to_json(best.get(result.limit)) for result in results]
-        print(json.dumps({"schema": "qwenrun-peer/1", "margin_bytes": margin, "results": content}, indent=1))
+        document = {"schema": "qwenrun-peer/1", "margin_bytes": margin, "read_bandwidth": bandwidth, "results": content}
+        print(json.dumps(document, indent=1))
     if not any(result.decode for result in results):
         raise QwenrunError("no engine decoded a single token", "a larger --limit, or --silence")
+    if not options.json and None in limits:
+        print(summary(results, bandwidth))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 
 from qwenrun.errors import UsageError
 from qwenrun.measure import peer
-from qwenrun.measure.peer import MemoryLimit, Result, Task, parse_limit, run_limited
+from qwenrun.measure.peer import MemoryLimit, Result, Task, parse_limit, run_limited, summary
 from qwenrun.measure.synth import synth_config
 from qwenrun.model.config import ModelConfig
 
@@ -177,6 +177,19 @@ def test_lines_and_documents() -> None:
     nothing = Result("llama.cpp", "q4_0.gguf", None, None, None, 0, 1, "nothing in 150 s")
     assert peer.shown(nothing, None).endswith("[nothing in 150 s]")
     assert nothing.to_json(None)["ratio_to_llama_cpp"] is None
+
+
+def test_the_last_line() -> None:
+    results = [
+        Result("llama.cpp", "q4_k_m.gguf, repacked", None, 20.0, 90.0, 9, 700_000_000),
+        Result("llama.cpp", "q4_k_m.gguf", None, 18.0, 100.0, 9, 700_000_000),
+        Result("qwenrun", "int4.pack", None, 30.0, 250.0, 9, 500_000_000),
+        Result("qwenrun", "nvfp4.pack", None, 15.0, 100.0, 9, 900_000_000),
+        Result("qwenrun", "int4.pack", 1000 << 20, 99.0, 99.0, 9, 500_000_000),
+    ]
+    line = summary(results, 20e9)
+    assert line == "ratio decode=1.50 prefill=2.50 bandwidth_share=0.75 nvfp4_over_int4=0.90"
+    assert summary(results[2:3], 20e9) == "ratio decode=- prefill=- bandwidth_share=0.75 nvfp4_over_int4=-"
 
 
 def test_errors_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

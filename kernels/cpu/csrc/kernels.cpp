@@ -111,6 +111,8 @@ AVX2 void quantize_row_avx2(const Matrix &w, const float *x, int8_t *q, float *s
             __m256i sum = _mm256_setzero_si256();
             for (int64_t i = 0; i < std::min<int64_t>(block, 64); i += 8) {
                 __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + at + i), by);
+                // What is not a number has no code; the block's scale says that it is there.
+                v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
                 const __m256i c = _mm256_cvtps_epi32(v);
                 sum = _mm256_add_epi32(sum, c);
                 const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));

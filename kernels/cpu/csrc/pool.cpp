@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <pthread.h>
 #include <sched.h>
@@ -15,6 +16,26 @@ std::mutex making;
 
 void forget() { pool.store(nullptr); }  // in a forked child: the threads are not there, and are left alone
 
+// Whole CPUs that this process's control group may use, version 2 or 1; 0 without a limit. A container sees its own
+// group at the root of the hierarchy.
+int quota() {
+    long long most = -1, period = 0;
+    if (FILE *file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+        if (std::fscanf(file, "%lld %lld", &most, &period) != 2) most = -1;  // "max" is no number
+        std::fclose(file);
+    } else {
+        auto number = [](const char *path, long long &out) {
+            FILE *one = std::fopen(path, "r");
+            if (!one) return;
+            if (std::fscanf(one, "%lld", &out) != 1) out = -1;
+            std::fclose(one);
+        };
+        number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", most);
+        number("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period);
+    }
+    return most > 0 && period > 0 ? static_cast<int>((most + period - 1) / period) : 0;
+}
+
 int wanted() {
     if (const char *text = std::getenv("QWENRUN_THREADS")) {
         const int count = std::atoi(text);
@@ -22,7 +43,10 @@ int wanted() {
     }
 #ifdef __linux__
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        const int allowed = CPU_COUNT(&set), paid = quota();
+        return paid > 0 && paid < allowed ? paid : allowed;
+    }
 #endif
     const int count = static_cast<int>(std::thread::hardware_concurrency());
     return count > 0 ? count : 1;
