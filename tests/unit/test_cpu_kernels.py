@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -198,3 +199,25 @@ def test_what_it_refuses() -> None:
     said: dict[str, Any] = {name: refusal("cpu", "linear", "cpu", SPECS[name]) for name in ("f32", "mxfp4")}
     assert "f32" in said["f32"]
     assert "e8m0" in said["mxfp4"]
+
+
+def test_random_cases() -> None:
+    """Shapes nobody thought of: QWENRUN_FUZZ=10000 tries that many. Bounds as in the table of cases, where a result
+    has numbers enough; alone a token gives the same bits as among others."""
+    names = [name for name in SPECS if not refusal("cpu", "linear", "cpu", SPECS[name])]
+    for _ in range(int(os.environ.get("QWENRUN_FUZZ", "60"))):
+        seed = int(torch.randint(1 << 31, ()))
+        pick = random.Random(seed)
+        torch.manual_seed(seed)
+        name, tokens = pick.choice(names), pick.choice([1, 1, 2, 3, 4, 5, 9, 33])
+        spec = SPECS[name]
+        rows = pick.randint(1, 6) * 16 if spec.tile else pick.randint(1, 90)
+        cols = pick.randint(1, 6) * (spec.block or 16)
+        w = ref.encode(torch.randn(rows, cols) * 10 ** pick.uniform(-3, 2), spec)
+        x = torch.randn(tokens, cols) * 10 ** pick.uniform(-3, 3)
+        y, want = cpu.linear(x, w), exact(x, w)
+        # Few products may cancel: the error is measured against what they would sum to at random.
+        size = (x.double().square() @ ref.decode(w).double().square().T).sum().sqrt().item()
+        assert (y.double() - want).norm().item() <= bound(name) * size, (name, tokens, rows, cols, seed)
+        alone = pick.randrange(tokens)
+        assert torch.equal(cpu.linear(x[alone : alone + 1], w)[0], y[alone]), (name, tokens, rows, cols, seed)
