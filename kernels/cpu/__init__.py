@@ -54,8 +54,6 @@ _WITHOUT_FORMAT = (
     "rms_norm",
     "gated_rms_norm",
 )
-# More queries than this are better served by the reference's matrix products.
-FEW_QUERIES = 8
 # Taps of a convolution that the kernel has room for.
 MOST_TAPS = 8
 _KV = {torch.float32: 0, torch.bfloat16: 1}
@@ -332,10 +330,8 @@ def delta_net(
 
 
 def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -> Tensor:
-    """See `qwenrun.kernels.ops.attention`. Many queries are the reference's."""
+    """See `qwenrun.kernels.ops.attention`."""
     tokens, heads, size = q.shape
-    if tokens > FEW_QUERIES:
-        return ref.attention(q, k, v, scale)
     if isinstance(k, Weight) and isinstance(v, Weight):
         served = (
             k.spec == v.spec and k.spec.codes == "int8" and k.spec.scale == "f16" and k.spec.block == size == v.cols
@@ -347,7 +343,7 @@ def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -
         served = k.dtype == v.dtype and k.dtype in _KV and v.shape[-1] == size
         keys, values, k_scales, v_scales, kind = k, v, None, None, _KV.get(k.dtype, 0)
     arrays = (keys, values, k_scales, v_scales)
-    if not served or not all(a is None or a.is_contiguous() for a in arrays):
+    if not served or size % 8 or not all(a is None or a.is_contiguous() for a in arrays):
         return ref.attention(q, k, v, scale)
     rows = _float_rows(q)
     out = torch.empty(q.shape, dtype=torch.float32)

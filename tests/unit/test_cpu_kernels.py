@@ -221,3 +221,15 @@ def test_random_cases() -> None:
         assert (y.double() - want).norm().item() <= bound(name) * size, (name, tokens, rows, cols, seed)
         alone = pick.randrange(tokens)
         assert torch.equal(cpu.linear(x[alone : alone + 1], w)[0], y[alone]), (name, tokens, rows, cols, seed)
+
+
+@pytest.mark.parametrize("length", [7, 530, 1200])
+def test_a_query_gives_the_same_bits_in_any_company(length: int) -> None:
+    """Cut differently, over one run of the cache and several: a rolled back session must not differ from a fresh one."""
+    tokens = min(length, 21)
+    q, k, v = torch.randn(tokens, 6, 40), torch.randn(length, 2, 40), torch.randn(length, 2, 40)
+    whole = cpu.attention(q, k, v, 0.2)
+    assert error(whole, ref.attention(q, k, v, 0.2).double()) < 2e-6
+    for t in range(tokens):
+        seen = length - tokens + t + 1
+        assert torch.equal(cpu.attention(q[t : t + 1], k[:seen], v[:seen], 0.2)[0], whole[t])

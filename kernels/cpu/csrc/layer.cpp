@@ -54,8 +54,9 @@ inline void norm_row(const float *x, const float *w, float shift, float eps, int
 constexpr int64_t TAPS = 8;       // of a convolution, at most
 constexpr int64_t CHANNELS = 512; // a task of a convolution
 constexpr int64_t SLICE = 32;     // values of a head that one task of the delta rule carries
-constexpr int64_t KEYS = 256;     // keys and values that one task of attention reads
+constexpr int64_t KEYS = 512;     // keys and values that one task of attention reads
 constexpr int64_t FEW = 16;       // of them converted to float at a time
+constexpr int64_t TOGETHER = 8;   // tokens whose queries read the cache together
 
 // Slice of a head's state, rows of `dv` floats apart, one token: decays, is corrected by k, is read by q.
 template <int V> inline void delta_token(float *state, int64_t dk, int64_t dv, const float *q, const float *k,
@@ -99,6 +100,131 @@ inline void to_float(const void *data, int32_t kind, const uint16_t *scales, int
         scale *= half & 0x8000u ? -0x1p112f : 0x1p112f;
         const int8_t *from = static_cast<const int8_t *>(data) + at;
         for (int64_t i = 0; i < width; ++i) out[i] = static_cast<float>(from[i]) * scale;
+    }
+}
+
+struct Cache {
+    const void *k, *v;
+    const uint16_t *k_scales, *v_scales;
+    int32_t kind;
+    int64_t groups, size;
+};
+
+// `count` tokens' queries of one key head: `shared` rows of a token follow each other, tokens lie `stride` apart. The
+// first token stands at position `first`.
+struct Queries {
+    const float *q;
+    int64_t size, stride, shared, count, first;
+    float scale;
+    const float *row(int64_t m) const { return q + m / shared * stride + m % shared * size; }
+};
+
+// Products of M queries with the FEW keys in rows: out[m * FEW + s]. One sum a pair, in the order of the dimensions.
+template <int M> inline void products(const float *const *q, const float *rows, int64_t size, float scale, float *out) {
+    for (int64_t s = 0; s < FEW; s += 4) {
+        v8 sum[M][4];
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < 4; ++j) sum[m][j] = v8{};
+        for (int64_t i = 0; i < size; i += 8) {
+            v8 key[4];
+            for (int j = 0; j < 4; ++j) key[j] = load8(rows + (s + j) * size + i);
+            for (int m = 0; m < M; ++m) {
+                const v8 x = load8(q[m] + i);
+                for (int j = 0; j < 4; ++j) sum[m][j] = fma8(x, key[j], sum[m][j]);
+            }
+        }
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < 4; ++j) out[m * FEW + s + j] = sum8(sum[m][j]) * scale;
+    }
+}
+
+// mixed = mixed * less + the FEW rows times their weights.
+inline void mix(float *mixed, float less, const float *weights, const float *rows, int64_t size) {
+    const v8 by = all8(less);
+    int64_t i = 0;
+    for (; i + 32 <= size; i += 32) {
+        v8 a[4];
+        for (int j = 0; j < 4; ++j) a[j] = load8(mixed + i + 8 * j) * by;
+        for (int64_t s = 0; s < FEW; ++s) {
+            const v8 w = all8(weights[s]);
+            for (int j = 0; j < 4; ++j) a[j] = fma8(w, load8(rows + s * size + i + 8 * j), a[j]);
+        }
+        for (int j = 0; j < 4; ++j) store8(mixed + i + 8 * j, a[j]);
+    }
+    for (; i < size; i += 8) {
+        v8 a = load8(mixed + i) * by;
+        for (int64_t s = 0; s < FEW; ++s) a = fma8(all8(weights[s]), load8(rows + s * size + i), a);
+        store8(mixed + i, a);
+    }
+}
+
+// One run of at most KEYS cached rows, of `length` in all: of every query the maximum, the sum, the mixed values.
+inline void attend_run(const Cache &cache, const Queries &queries, int64_t group, int64_t run, int64_t length, float *part) {
+    const int64_t size = cache.size, entry = size + 2, many = queries.shared * queries.count;
+    const int64_t first = run * KEYS, last = first + KEYS < length ? first + KEYS : length;
+    float *rows = room(2, FEW * size + many * FEW), *scores = rows + FEW * size;
+    for (int64_t m = 0; m < many; ++m) {
+        part[m * entry] = -__builtin_inff();
+        std::memset(part + m * entry + 1, 0, (size + 1) * sizeof(float));
+    }
+    auto fetch = [&](const void *data, const uint16_t *scales, int64_t low, int64_t count) {
+        for (int64_t s = 0; s < count; ++s) {
+            const int64_t row = (low + s) * cache.groups + group;
+            to_float(data, cache.kind, scales, row, row * size, size, rows + s * size);
+        }
+        std::memset(rows + count * size, 0, (FEW - count) * size * sizeof(float));
+    };
+    for (int64_t low = first; low < last; low += FEW) {
+        const int64_t count = last - low < FEW ? last - low : FEW;
+        fetch(cache.k, cache.k_scales, low, count);
+        int64_t m = 0;
+        for (; m + 2 <= many; m += 2) {
+            const float *pair[] = {queries.row(m), queries.row(m + 1)};
+            products<2>(pair, rows, size, queries.scale, scores + m * FEW);
+        }
+        if (m < many) {
+            const float *one[] = {queries.row(m)};
+            products<1>(one, rows, size, queries.scale, scores + m * FEW);
+        }
+        fetch(cache.v, cache.v_scales, low, count);
+        for (m = 0; m < many; ++m) {
+            const int64_t position = queries.first + m / queries.shared, seen = position + 1 - low;
+            float *top = part + m * entry, *score = scores + m * FEW, most = top[0];
+            for (int64_t s = 0; s < FEW; ++s) {
+                if (s >= seen || s >= count) score[s] = -__builtin_inff();
+                most = score[s] > most || score[s] != score[s] ? score[s] : most;
+            }
+            if (most == -__builtin_inff()) continue;  // this query sees none of them
+            const float less = exp_float(top[0] - most);
+            float total = 0.0f;
+            for (int64_t s = 0; s < FEW; ++s) score[s] = exp_float(score[s] - most);
+            for (int64_t s = 0; s < FEW; ++s) total += score[s];
+            top[0] = most;
+            top[1] = top[1] * less + total;
+            mix(top + 2, less, score, rows, size);
+        }
+    }
+}
+
+// The runs' results of all queries, put together in their order.
+inline void merge_runs(const Queries &queries, int64_t runs, int64_t size, const float *parts, float *out) {
+    const int64_t entry = size + 2, many = queries.shared * queries.count;
+    for (int64_t m = 0; m < many; ++m) {
+        float most = -__builtin_inff(), total = 0.0f;
+        float *to = out + m / queries.shared * queries.stride + m % queries.shared * size;
+        for (int64_t run = 0; run < runs; ++run) {
+            const float top = parts[(run * many + m) * entry];
+            most = top > most || top != top ? top : most;
+        }
+        std::memset(to, 0, size * sizeof(float));
+        for (int64_t run = 0; run < runs; ++run) {
+            const float *part = parts + (run * many + m) * entry;
+            if (part[0] == -__builtin_inff()) continue;
+            const float by = exp_float(part[0] - most);
+            total += by * part[1];
+            for (int64_t i = 0; i < size; ++i) to[i] += by * part[2 + i];
+        }
+        for (int64_t i = 0; i < size; ++i) to[i] /= total;
     }
 }
 
@@ -228,79 +354,40 @@ void qwenrun_cpu_delta_net(const float *qkv, const float *z, const float *b, con
     qwenrun_cpu_gated_rms_norm(read, norm, z, eps, many, dv, out);
 }
 
-// Attention of few queries q [T, Hq, D] over S cached keys and values [S, Hkv, D], causal, the last query sees all.
-// kind 0: float32, 1: bf16, 2: int8 with half float scales [S, Hkv]; strides in elements. The cache is cut into runs
-// of KEYS rows, whose results are merged in their order.
+// Attention of queries q [T, Hq, D] over S cached keys and values [S, Hkv, D], causal, the last query sees all. D is a
+// multiple of 8. kind 0: float32, 1: bf16, 2: int8 with half float scales [S, Hkv]. Few queries share the cache's
+// runs out among the threads, many are themselves shared out: the arithmetic of a query is the same.
 void qwenrun_cpu_attention(const float *q, const void *k, const void *v, const uint16_t *k_scales,
                            const uint16_t *v_scales, int32_t kind, int64_t tokens, int64_t length, int64_t heads,
                            int64_t groups, int64_t size, float scale, float *out) {
-    const int64_t shared = heads / groups, many = shared * tokens, runs = (length + KEYS - 1) / KEYS;
-    // For each run and group: of every query the maximum, the sum, and the mixed values.
-    const int64_t entry = size + 2;
-    float *parts = room(0, runs * groups * many * entry);
-    each(runs * groups, KEYS * size, [&](int64_t task) {
-        const int64_t group = task % groups, first = task / groups * KEYS;
-        const int64_t last = first + KEYS < length ? first + KEYS : length;
-        float *part = parts + task * many * entry, *rows = room(2, FEW * size + many * FEW);
-        float *scores = rows + FEW * size;
-        for (int64_t m = 0; m < many; ++m) {
-            part[m * entry] = -__builtin_inff();
-            std::memset(part + m * entry + 1, 0, (size + 1) * sizeof(float));
-        }
-        for (int64_t low = first; low < last; low += FEW) {
-            const int64_t count = last - low < FEW ? last - low : FEW;
-            for (int64_t s = 0; s < count; ++s) {
-                const int64_t row = (low + s) * groups + group;
-                to_float(k, kind, k_scales, row, row * size, size, rows + s * size);
-            }
-            for (int64_t m = 0; m < many; ++m) {
-                const int64_t t = m / shared, seen = length - tokens + t + 1 - low;
-                const float *query = q + (t * heads + group * shared + m % shared) * size;
-                for (int64_t s = 0; s < count; ++s)
-                    scores[m * FEW + s] = s < seen ? dot(query, rows + s * size, size) * scale : -__builtin_inff();
-            }
-            for (int64_t s = 0; s < count; ++s) {
-                const int64_t row = (low + s) * groups + group;
-                to_float(v, kind, v_scales, row, row * size, size, rows + s * size);
-            }
-            for (int64_t m = 0; m < many; ++m) {
-                float *top = part + m * entry, *score = scores + m * FEW, most = top[0];
-                for (int64_t s = 0; s < count; ++s) most = score[s] > most || score[s] != score[s] ? score[s] : most;
-                if (most == -__builtin_inff()) continue;  // this query sees none of them
-                const float less = exp_float(top[0] - most);
-                float *mixed = top + 2;
-                top[0] = most;
-                top[1] *= less;
-                if (less != 1.0f)
-                    for (int64_t i = 0; i < size; ++i) mixed[i] *= less;
-                for (int64_t s = 0; s < count; ++s) {
-                    const float weight = exp_float(score[s] - most);
-                    const float *value = rows + s * size;
-                    top[1] += weight;
-                    int64_t i = 0;
-                    for (; i + 8 <= size; i += 8) store8(mixed + i, fma8(all8(weight), load8(value + i), load8(mixed + i)));
-                    for (; i < size; ++i) mixed[i] += weight * value[i];
-                }
-            }
-        }
+    const Cache cache = {k, v, k_scales, v_scales, kind, groups, size};
+    const int64_t shared = heads / groups, entry = size + 2;
+    auto block = [&](int64_t group, int64_t t, int64_t count) {
+        return Queries{q + (t * heads + group * shared) * size, size, heads * size, shared, count, length - tokens + t, scale};
+    };
+    auto result = [&](int64_t group, int64_t t) { return out + (t * heads + group * shared) * size; };
+    if (tokens <= TOGETHER) {
+        const int64_t runs = (length + KEYS - 1) / KEYS, many = shared * tokens;
+        float *parts = room(0, groups * runs * many * entry);
+        each(runs * groups, KEYS * size, [&](int64_t task) {
+            const int64_t group = task / runs, run = task % runs;
+            attend_run(cache, block(group, 0, tokens), group, run, length, parts + task * many * entry);
+        });
+        for (int64_t group = 0; group < groups; ++group)
+            merge_runs(block(group, 0, tokens), runs, size, parts + group * runs * many * entry, result(group, 0));
+        return;
+    }
+    const int64_t chunks = (tokens + TOGETHER - 1) / TOGETHER;
+    Pool::get().each(chunks * groups, [&](int64_t task) {
+        const int64_t group = task % groups, t = task / groups * TOGETHER;
+        const int64_t count = tokens - t < TOGETHER ? tokens - t : TOGETHER;
+        const Queries queries = block(group, t, count);
+        const int64_t seen = queries.first + count, runs = (seen + KEYS - 1) / KEYS, many = shared * count;
+        float *parts = room(0, runs * many * entry);
+        for (int64_t run = 0; run < runs; ++run)
+            attend_run(cache, queries, group, run, seen, parts + run * many * entry);
+        merge_runs(queries, runs, size, parts, result(group, t));
     });
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t h = 0; h < heads; ++h) {
-            const int64_t group = h / shared, m = t * shared + h % shared;
-            float most = -__builtin_inff(), total = 0.0f, *to = out + (t * heads + h) * size;
-            for (int64_t run = 0; run < runs; ++run) {
-                const float top = parts[((run * groups + group) * many + m) * entry];
-                most = top > most || top != top ? top : most;
-            }
-            std::memset(to, 0, size * sizeof(float));
-            for (int64_t run = 0; run < runs; ++run) {
-                const float *part = parts + ((run * groups + group) * many + m) * entry;
-                const float by = exp_float(part[0] - most);
-                total += by * part[1];
-                for (int64_t i = 0; i < size; ++i) to[i] += by * part[2 + i];
-            }
-            for (int64_t i = 0; i < size; ++i) to[i] /= total;
-        }
 }
 
 // The top k of softmax(logits [T, E]), renormalised to sum 1; of equals the first.
