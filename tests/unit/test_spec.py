@@ -37,10 +37,10 @@ def test_parts_are_what_encode_makes(storage: str) -> None:
     from qwenrun.kernels.weight import TORCH_DTYPES
 
     spec = SPECS[storage]
-    weight = encode(torch.randn(6, 384), spec, tensor_scales=2 if spec.tensor_scale else 1)
-    parts = {p.name: (TORCH_DTYPES[p.dtype], p.shape) for p in spec.parts(6, 384, 2)}
+    weight = encode(torch.randn(48, 384), spec, tensor_scales=2 if spec.tensor_scale else 1)
+    parts = {p.name: (TORCH_DTYPES[p.dtype], p.shape) for p in spec.parts(48, 384, 2)}
     assert {n: (t.dtype, tuple(t.shape)) for n, t in weight.parts.items()} == parts
-    assert weight.nbytes == spec.nbytes(6, 384, 2)
+    assert weight.nbytes == spec.nbytes(48, 384, 2)
 
 
 @pytest.mark.parametrize("storage", SPECS)

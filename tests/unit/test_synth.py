@@ -15,6 +15,7 @@ import torch
 from qwenrun.engine.engine import Engine
 from qwenrun.errors import ModelError, UsageError
 from qwenrun.kernels.ops import decode
+from qwenrun.kernels.weight import Weight
 from qwenrun.measure.synth import Pool, main, popularity, random_weight, synth_config, synthesize, zoo_config
 from qwenrun.model.config import ModelConfig
 from qwenrun.quant import formats
@@ -100,10 +101,10 @@ def shares(pack: Path, tokens: int = 200) -> list[float]:
         for layer in engine.model.layers:
             router = layer.mlp._router  # type: ignore[attr-defined]
 
-            def watch(x: torch.Tensor, gate: torch.Tensor, k: int, router: Any = router) -> Any:
+            def watch(x: torch.Tensor, gate: Weight, k: int, router: Any = router) -> Any:
                 index, weight = router(x, gate, k)
-                counts = index.flatten().bincount(minlength=gate.shape[0]).sort(descending=True).values
-                found.append(counts[: gate.shape[0] // 4].sum().item() / index.numel())
+                counts = index.flatten().bincount(minlength=gate.rows).sort(descending=True).values
+                found.append(counts[: gate.rows // 4].sum().item() / index.numel())
                 return index, weight
 
             layer.mlp._router = watch  # type: ignore[attr-defined]
