@@ -233,3 +233,20 @@ def test_a_query_gives_the_same_bits_in_any_company(length: int) -> None:
     for t in range(tokens):
         seen = length - tokens + t + 1
         assert torch.equal(cpu.attention(q[t : t + 1], k[:seen], v[:seen], 0.2)[0], whole[t])
+
+
+def test_many_kinds_of_matrices_read_one_token() -> None:
+    """Each kind rounds the token in its own way, and none overwrites what another has still to read."""
+    names = [
+        "int4-g32-tiled",
+        "bf16",
+        "nvfp4-tiled",
+        "int8-g32",
+        "int4-g128-zero-tiled",
+        "int4-g64-tiled",
+        "nvfp4-tiled",
+    ]
+    weights = [ref.encode(torch.randn(64, 256), SPECS[name]) for name in names]
+    x = torch.randn(1, 256)
+    for w, y in zip(weights, cpu.linears(weights)(x), strict=True):
+        assert torch.equal(y, cpu.linear(x, w))

@@ -511,11 +511,10 @@ template <typename T> T *scratch(int which, int64_t count) {
     return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(piece.data.get()) + 63) / 64 * 64);
 }
 
-// x float [rows, cols], rounded for w. `side` 0 or 1: which scratch memory holds it.
-Rounded round_for(const Matrix &w, const float *x, int64_t rows, int side) {
+// x float [rows, cols], rounded for w into codes int8 [rows, cols] and scales float [2, rows, blocks].
+Rounded round_into(const Matrix &w, const float *x, int64_t rows, int8_t *codes, float *scales) {
     const int64_t blocks = w.cols / w.block;
-    int8_t *codes = scratch<int8_t>(2 * side, rows * w.cols);
-    float *scales = scratch<float>(2 * side + 1, 2 * rows * blocks), *less = scales + rows * blocks;
+    float *less = scales + rows * blocks;
     auto one = [&](int64_t r) {
         tiles()->round(w, x + r * w.cols, codes + r * w.cols, scales + r * blocks, less + r * blocks);
     };
@@ -525,6 +524,12 @@ Rounded round_for(const Matrix &w, const float *x, int64_t rows, int side) {
         Pool::get().each(rows, one);
     }
     return {codes, scales, less, w.cols, blocks};
+}
+
+// The same, into scratch memory: `side` 0 or 1.
+Rounded round_for(const Matrix &w, const float *x, int64_t rows, int side) {
+    int8_t *codes = scratch<int8_t>(2 * side, rows * w.cols);
+    return round_into(w, x, rows, codes, scratch<float>(2 * side + 1, 2 * rows * (w.cols / w.block)));
 }
 
 // out[n * stride + i] *= the tensor scale of row 16 * first + i.
@@ -699,6 +704,10 @@ void qwenrun_cpu_linears(const Matrix *const *ws, int64_t count, const float *x,
         float *y;
         int64_t first, last;
     };
+    // At worst every matrix rounds it in its own way, in blocks of 8.
+    const int64_t cols = ws[0]->cols;
+    int8_t *codes = scratch<int8_t>(0, count * cols);
+    float *scales = scratch<float>(1, count * 2 * (cols / 8 + 1));
     std::vector<std::unique_ptr<Rounded>> rounded;
     std::vector<std::unique_ptr<Acts>> prepared;
     std::vector<Job> jobs;
@@ -710,11 +719,9 @@ void qwenrun_cpu_linears(const Matrix *const *ws, int64_t count, const float *x,
                           before->scale == w.scale && !before->zeros == !w.zeros;
         if (!same) {
             if (w.tile) {
-                if (rounded.size() == 2) {  // two kinds have scratch memory; more are rare
-                    for (; i < count; y += ws[i]->rows, ++i) qwenrun_cpu_linear(ws[i], x, 1, y);
-                    break;
-                }
-                rounded.emplace_back(new Rounded(round_for(w, x, 1, static_cast<int>(rounded.size()))));
+                const int64_t at = static_cast<int64_t>(rounded.size());
+                rounded.emplace_back(
+                    new Rounded(round_into(w, x, 1, codes + at * cols, scales + at * 2 * (cols / 8 + 1))));
             } else {
                 prepared.emplace_back(new Acts(prepare(w, x, 1)));
             }
