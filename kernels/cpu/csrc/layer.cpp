@@ -3,7 +3,10 @@
 // Needs AVX2, FMA and F16C: the caller has asked for them. Knows no Python object and no torch.
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
+#include <type_traits>
 
 #include "pool.h"
 
@@ -19,22 +22,23 @@
 
 namespace {
 
-// Memory for one call, kept by its thread.
+// Memory for one call, kept by its thread; whole cache lines.
 float *room(int which, int64_t count) {
     struct Piece {
-        float *data = nullptr;
+        void *data = nullptr;
         int64_t size = 0;
-        ~Piece() { delete[] data; }
+        ~Piece() { std::free(data); }
     };
-    thread_local Piece pieces[3];
+    thread_local Piece pieces[4];
     Piece &piece = pieces[which];
     if (piece.size < count) {
-        delete[] piece.data;
-        piece.data = nullptr;
-        piece.data = new float[count];
+        std::free(piece.data);
+        piece.size = 0;
+        piece.data = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+        if (!piece.data) throw std::bad_alloc();
         piece.size = count;
     }
-    return piece.data;
+    return static_cast<float *>(piece.data);
 }
 
 // Few and small: not worth waking anybody.
@@ -58,27 +62,50 @@ constexpr int64_t KEYS = 512;     // keys and values that one task of attention 
 constexpr int64_t FEW = 16;       // of them converted to float at a time
 constexpr int64_t TOGETHER = 8;   // tokens whose queries read the cache together
 
-// Slice of a head's state, rows of `dv` floats apart, one token: decays, is corrected by k, is read by q.
-template <int V> inline void delta_token(float *state, int64_t dk, int64_t dv, const float *q, const float *k,
-                                         const float *v, float decay, float beta, float *out) {
-    v8 held[V], read[V];
-    for (int i = 0; i < V; ++i) held[i] = read[i] = v8{};
+// What a slice of a head's state, rows of `dv` floats apart, holds for k: state^T k.
+template <int V> inline void delta_held(const float *state, int64_t dk, int64_t dv, const float *k, v8 *held) {
+    v8 sum[V];
+    for (int i = 0; i < V; ++i) sum[i] = v8{};
     for (int64_t d = 0; d < dk; ++d) {
         const v8 by = all8(k[d]);
-        for (int i = 0; i < V; ++i) held[i] = fma8(load8(state + d * dv + 8 * i), by, held[i]);
+        for (int i = 0; i < V; ++i) sum[i] = fma8(load8(state + d * dv + 8 * i), by, sum[i]);
     }
+    for (int i = 0; i < V; ++i) held[i] = sum[i];
+}
+
+// One token: the slice decays, is corrected by k, is read by q. held: what it holds for k; then what it holds for
+// `next`, the key of the token after (any key if there is none): the state passes the registers once a token.
+template <int V> inline void delta_token(float *state, int64_t dk, int64_t dv, const float *q, const float *k,
+                                         const float *next, const float *v, float decay, float beta, v8 *held,
+                                         float *out) {
+    v8 error[V], read[V], ahead[V];
     const v8 g = all8(decay), b = all8(beta);
-    for (int i = 0; i < V; ++i) held[i] = b * (load8(v + 8 * i) - g * held[i]);
+    for (int i = 0; i < V; ++i) error[i] = b * (load8(v + 8 * i) - g * held[i]), read[i] = ahead[i] = v8{};
     for (int64_t d = 0; d < dk; ++d) {
-        const v8 key = all8(k[d]), query = all8(q[d]);
+        const v8 key = all8(k[d]), query = all8(q[d]), then = all8(next[d]);
         for (int i = 0; i < V; ++i) {
             float *at = state + d * dv + 8 * i;
-            const v8 s = fma8(key, held[i], g * load8(at));
+            const v8 s = fma8(key, error[i], g * load8(at));
             store8(at, s);
             read[i] = fma8(s, query, read[i]);
+            ahead[i] = fma8(s, then, ahead[i]);
         }
     }
-    for (int i = 0; i < V; ++i) store8(out + 8 * i, read[i]);
+    for (int i = 0; i < V; ++i) store8(out + 8 * i, read[i]), held[i] = ahead[i];
+}
+
+// All tokens on V vectors of a head's values. q, k [tokens, dk]; v and out have rows v_step and out_step apart.
+template <int V>
+inline void delta_slice(float *state, int64_t tokens, int64_t dk, int64_t dv, const float *q, const float *k,
+                        const float *v, int64_t v_step, const float *decay, const float *beta, int64_t step, float *out,
+                        int64_t out_step) {
+    v8 held[V];
+    delta_held<V>(state, dk, dv, k, held);
+    for (int64_t t = 0; t < tokens; ++t) {
+        const float *next = t + 1 < tokens ? k + dk : k;
+        delta_token<V>(state, dk, dv, q, k, next, v, decay[t * step], beta[t * step], held, out);
+        q += dk, k += dk, v += v_step, out += out_step;
+    }
 }
 
 // `width` floats of one key or value as float32.
@@ -119,53 +146,63 @@ struct Queries {
     const float *row(int64_t m) const { return q + m / shared * stride + m % shared * size; }
 };
 
-// Products of M queries with the FEW keys in rows: out[m * FEW + s]. One sum a pair, in the order of the dimensions.
-template <int M> inline void products(const float *const *q, const float *rows, int64_t size, float scale, float *out) {
-    for (int64_t s = 0; s < FEW; s += 4) {
-        v8 sum[M][4];
-        for (int m = 0; m < M; ++m)
-            for (int j = 0; j < 4; ++j) sum[m][j] = v8{};
-        for (int64_t i = 0; i < size; i += 8) {
-            v8 key[4];
-            for (int j = 0; j < 4; ++j) key[j] = load8(rows + (s + j) * size + i);
-            for (int m = 0; m < M; ++m) {
-                const v8 x = load8(q[m] + i);
-                for (int j = 0; j < 4; ++j) sum[m][j] = fma8(x, key[j], sum[m][j]);
+// Products of M queries with FEW keys, given dimension by dimension [size, FEW]: out[m * FEW + s].
+template <int M> inline void products(const Queries &queries, int64_t from, const float *keys, float *out) {
+    const float *q[M];
+    v8 sum[M][2];
+    for (int m = 0; m < M; ++m) q[m] = queries.row(from + m), sum[m][0] = sum[m][1] = v8{};
+    for (int64_t i = 0; i < queries.size; ++i) {
+        const v8 a = load8(keys + i * FEW), b = load8(keys + i * FEW + 8);
+        for (int m = 0; m < M; ++m) {
+            const v8 x = all8(q[m][i]);
+            sum[m][0] = fma8(x, a, sum[m][0]);
+            sum[m][1] = fma8(x, b, sum[m][1]);
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < 2; ++j) store8(out + (from + m) * FEW + 8 * j, sum[m][j] * all8(queries.scale));
+}
+
+// What M queries have mixed so far, `entry` floats apart, shrunk by `less`, plus FEW rows times their weights.
+template <int M>
+inline void mix(float *mixed, int64_t entry, const float *less, const float *weights, const float *rows, int64_t size) {
+    for (int64_t i = 0; i < size;) {
+        const int width = i + 32 <= size ? 4 : 1;
+        v8 a[M][4];
+        auto pass = [&](auto wide) {
+            constexpr int V = decltype(wide)::value;
+            for (int m = 0; m < M; ++m)
+                for (int j = 0; j < V; ++j) a[m][j] = load8(mixed + m * entry + i + 8 * j) * all8(less[m]);
+            for (int64_t s = 0; s < FEW; ++s) {
+                v8 row[V];
+                for (int j = 0; j < V; ++j) row[j] = load8(rows + s * size + i + 8 * j);
+                for (int m = 0; m < M; ++m) {
+                    const v8 w = all8(weights[m * FEW + s]);
+                    for (int j = 0; j < V; ++j) a[m][j] = fma8(w, row[j], a[m][j]);
+                }
             }
-        }
-        for (int m = 0; m < M; ++m)
-            for (int j = 0; j < 4; ++j) out[m * FEW + s + j] = sum8(sum[m][j]) * scale;
+            for (int m = 0; m < M; ++m)
+                for (int j = 0; j < V; ++j) store8(mixed + m * entry + i + 8 * j, a[m][j]);
+        };
+        if (width == 4) pass(std::integral_constant<int, 4>{});
+        else pass(std::integral_constant<int, 1>{});
+        i += 8 * width;
     }
 }
 
-// mixed = mixed * less + the FEW rows times their weights.
-inline void mix(float *mixed, float less, const float *weights, const float *rows, int64_t size) {
-    const v8 by = all8(less);
-    int64_t i = 0;
-    for (; i + 32 <= size; i += 32) {
-        v8 a[4];
-        for (int j = 0; j < 4; ++j) a[j] = load8(mixed + i + 8 * j) * by;
-        for (int64_t s = 0; s < FEW; ++s) {
-            const v8 w = all8(weights[s]);
-            for (int j = 0; j < 4; ++j) a[j] = fma8(w, load8(rows + s * size + i + 8 * j), a[j]);
-        }
-        for (int j = 0; j < 4; ++j) store8(mixed + i + 8 * j, a[j]);
-    }
-    for (; i < size; i += 8) {
-        v8 a = load8(mixed + i) * by;
-        for (int64_t s = 0; s < FEW; ++s) a = fma8(all8(weights[s]), load8(rows + s * size + i), a);
-        store8(mixed + i, a);
-    }
-}
+// Of a query's result in one run: the largest score, the sum, and from MIXED on, in whole vectors, the mixed values.
+constexpr int64_t MIXED = 8;
 
-// One run of at most KEYS cached rows, of `length` in all: of every query the maximum, the sum, the mixed values.
+// One run of at most KEYS cached rows, of `length` in all: what each query makes of it.
 inline void attend_run(const Cache &cache, const Queries &queries, int64_t group, int64_t run, int64_t length, float *part) {
-    const int64_t size = cache.size, entry = size + 2, many = queries.shared * queries.count;
+    static_assert(FEW == 16, "two vectors");
+    const int64_t size = cache.size, entry = size + MIXED, many = queries.shared * queries.count;
     const int64_t first = run * KEYS, last = first + KEYS < length ? first + KEYS : length;
-    float *rows = room(2, FEW * size + many * FEW), *scores = rows + FEW * size;
+    float *rows = room(2, 2 * FEW * size + many * (FEW + 1)), *keys = rows + FEW * size;
+    float *scores = keys + FEW * size, *less = scores + many * FEW;
     for (int64_t m = 0; m < many; ++m) {
         part[m * entry] = -__builtin_inff();
-        std::memset(part + m * entry + 1, 0, (size + 1) * sizeof(float));
+        std::memset(part + m * entry + 1, 0, (entry - 1) * sizeof(float));
     }
     auto fetch = [&](const void *data, const uint16_t *scales, int64_t low, int64_t count) {
         for (int64_t s = 0; s < count; ++s) {
@@ -176,53 +213,53 @@ inline void attend_run(const Cache &cache, const Queries &queries, int64_t group
     };
     for (int64_t low = first; low < last; low += FEW) {
         const int64_t count = last - low < FEW ? last - low : FEW;
+        // Queries before this one are of tokens that see none of these rows.
+        const int64_t blind = low > queries.first ? (low - queries.first) * queries.shared : 0;
         fetch(cache.k, cache.k_scales, low, count);
-        int64_t m = 0;
-        for (; m + 2 <= many; m += 2) {
-            const float *pair[] = {queries.row(m), queries.row(m + 1)};
-            products<2>(pair, rows, size, queries.scale, scores + m * FEW);
-        }
-        if (m < many) {
-            const float *one[] = {queries.row(m)};
-            products<1>(one, rows, size, queries.scale, scores + m * FEW);
-        }
+        for (int64_t i = 0; i < size; i += 8)
+            for (int64_t s = 0; s < FEW; s += 8) transpose8(rows + s * size + i, size, keys + i * FEW + s, FEW);
+        int64_t m = blind;
+        for (; m + 4 <= many; m += 4) products<4>(queries, m, keys, scores);
+        for (; m < many; ++m) products<1>(queries, m, keys, scores);
         fetch(cache.v, cache.v_scales, low, count);
-        for (m = 0; m < many; ++m) {
+        for (m = blind; m < many; ++m) {
             const int64_t position = queries.first + m / queries.shared, seen = position + 1 - low;
-            float *top = part + m * entry, *score = scores + m * FEW, most = top[0];
-            for (int64_t s = 0; s < FEW; ++s) {
-                if (s >= seen || s >= count) score[s] = -__builtin_inff();
-                most = score[s] > most || score[s] != score[s] ? score[s] : most;
-            }
-            if (most == -__builtin_inff()) continue;  // this query sees none of them
-            const float less = exp_float(top[0] - most);
-            float total = 0.0f;
-            for (int64_t s = 0; s < FEW; ++s) score[s] = exp_float(score[s] - most);
-            for (int64_t s = 0; s < FEW; ++s) total += score[s];
+            float *top = part + m * entry, *score = scores + m * FEW;
+            for (int64_t s = seen < count ? seen : count; s < FEW; ++s) score[s] = -__builtin_inff();
+            v8 a = load8(score), b = load8(score + 8);
+            // A score that is not a number may be passed over here: its own weight below is not a number either.
+            const float here = max8(pick8(a > b, a, b)), most = here > top[0] ? here : top[0];
+            a = exp8(a - all8(most));
+            b = exp8(b - all8(most));
+            store8(score, a);
+            store8(score + 8, b);
+            less[m] = most == top[0] ? 1.0f : exp_float(top[0] - most);
             top[0] = most;
-            top[1] = top[1] * less + total;
-            mix(top + 2, less, score, rows, size);
+            top[1] = top[1] * less[m] + sum8(a + b);
         }
+        for (m = blind; m + 2 <= many; m += 2)
+            mix<2>(part + m * entry + MIXED, entry, less + m, scores + m * FEW, rows, size);
+        if (m < many) mix<1>(part + m * entry + MIXED, entry, less + m, scores + m * FEW, rows, size);
     }
 }
 
 // The runs' results of all queries, put together in their order.
 inline void merge_runs(const Queries &queries, int64_t runs, int64_t size, const float *parts, float *out) {
-    const int64_t entry = size + 2, many = queries.shared * queries.count;
+    const int64_t entry = size + MIXED, many = queries.shared * queries.count;
     for (int64_t m = 0; m < many; ++m) {
         float most = -__builtin_inff(), total = 0.0f;
         float *to = out + m / queries.shared * queries.stride + m % queries.shared * size;
         for (int64_t run = 0; run < runs; ++run) {
             const float top = parts[(run * many + m) * entry];
-            most = top > most || top != top ? top : most;
+            most = top > most ? top : most;
         }
         std::memset(to, 0, size * sizeof(float));
         for (int64_t run = 0; run < runs; ++run) {
             const float *part = parts + (run * many + m) * entry;
-            if (part[0] == -__builtin_inff()) continue;
+            if (part[1] == 0.0f) continue;  // it saw none of the run
             const float by = exp_float(part[0] - most);
             total += by * part[1];
-            for (int64_t i = 0; i < size; ++i) to[i] += by * part[2 + i];
+            for (int64_t i = 0; i < size; ++i) to[i] += by * part[MIXED + i];
         }
         for (int64_t i = 0; i < size; ++i) to[i] /= total;
     }
@@ -245,7 +282,9 @@ void qwenrun_cpu_gated_rms_norm(const float *o, const float *w, const float *z, 
         float *to = out + r * size;
         const float *gate = z + r * size;
         norm_row(o + r * size, w, 0.0f, eps, size, to);
-        for (int64_t i = 0; i < size; ++i) to[i] *= silu(gate[i]);
+        by_eights(size, [&](int64_t i, int64_t lanes) {
+            store_some(to + i, load_some(to + i, lanes) * silu8(load_some(gate + i, lanes)), lanes);
+        });
     });
 }
 
@@ -269,19 +308,18 @@ void qwenrun_cpu_conv(const float *u, const float *w, float *state, int64_t toke
     const int64_t before = taps - 1;
     each((channels + CHANNELS - 1) / CHANNELS, CHANNELS * tokens, [&](int64_t task) {
         const int64_t first = task * CHANNELS, count = channels - first < CHANNELS ? channels - first : CHANNELS;
-        float by[TAPS][CHANNELS];
+        float by[TAPS][CHANNELS] = {};
         for (int64_t c = 0; c < count; ++c)
             for (int64_t j = 0; j < taps; ++j) by[j][c] = w[(first + c) * taps + j];
         auto row = [&](int64_t t) { return (t < 0 ? state + (t + before) * channels : u + t * channels) + first; };
         for (int64_t t = 0; t < tokens; ++t) {
-            float *to = out + t * channels + first;
-            const float *x = row(t - before);
-            for (int64_t c = 0; c < count; ++c) to[c] = by[0][c] * x[c];
-            for (int64_t j = 1; j < taps; ++j) {
-                x = row(t - before + j);
-                for (int64_t c = 0; c < count; ++c) to[c] += by[j][c] * x[c];
-            }
-            for (int64_t c = 0; c < count; ++c) to[c] = silu(to[c]);
+            const float *x[TAPS];
+            for (int64_t j = 0; j < taps; ++j) x[j] = row(t - before + j);
+            by_eights(count, [&](int64_t c, int64_t lanes) {
+                v8 sum = {};
+                for (int64_t j = 0; j < taps; ++j) sum = fma8(load8(by[j] + c), load_some(x[j] + c, lanes), sum);
+                store_some(out + t * channels + first + c, silu8(sum), lanes);
+            });
         }
         for (int64_t j = 0; j < before; ++j) {
             const float *x = row(tokens - before + j);
@@ -304,30 +342,32 @@ void qwenrun_cpu_delta_rule(const float *q, const float *k, const float *v, cons
         for (int64_t d = 0; d < dk; ++d) key[d] = x[d] * a, query[d] = y[d] * b;
     });
     const int64_t slices = (dv + SLICE - 1) / SLICE, shared = value_heads / key_heads;
+    float *decay = room(3, tokens * value_heads);
+    by_eights(tokens * value_heads, [&](int64_t i, int64_t lanes) {
+        store_some(decay + i, exp8(load_some(g + i, lanes)), lanes);
+    });
     each(value_heads * slices, SLICE * dk, [&](int64_t task) {
-        const int64_t head = task / slices, from = task % slices * SLICE;
-        const int64_t width = dv - from < SLICE ? dv - from : SLICE;
+        const int64_t head = task / slices, from = task % slices * SLICE, v_step = v_stride, step = value_heads;
+        const int64_t width = dv - from < SLICE ? dv - from : SLICE, out_step = value_heads * dv;
         const float *key = keys + head / shared * tokens * dk, *query = queries + head / shared * tokens * dk;
-        float *s = state + head * dk * dv + from;
-        for (int64_t t = 0; t < tokens; ++t, key += dk, query += dk) {
-            const float decay = exp_float(g[t * value_heads + head]), b = beta[t * value_heads + head];
-            const float *value = v + t * v_stride + head * dv + from;
-            float *to = out + (t * value_heads + head) * dv + from;
-            int64_t i = 0;
-            if (width == SLICE) {
-                delta_token<4>(s, dk, dv, query, key, value, decay, b, to);
-                continue;
-            }
-            for (; i + 8 <= width; i += 8) delta_token<1>(s + i, dk, dv, query, key, value + i, decay, b, to + i);
-            for (; i < width; ++i) {
+        const float *value = v + head * dv + from, *gone = decay + head, *b = beta + head;
+        float *s = state + head * dk * dv + from, *to = out + head * dv + from;
+        if (width == SLICE)
+            return delta_slice<SLICE / 8>(s, tokens, dk, dv, query, key, value, v_step, gone, b, step, to, out_step);
+        int64_t i = 0;
+        for (; i + 8 <= width; i += 8)
+            delta_slice<1>(s + i, tokens, dk, dv, query, key, value + i, v_step, gone, b, step, to + i, out_step);
+        for (; i < width; ++i) {
+            for (int64_t t = 0; t < tokens; ++t) {
+                const float *x = key + t * dk, *y = query + t * dk;
                 float held = 0.0f, read = 0.0f;
-                for (int64_t d = 0; d < dk; ++d) held += s[d * dv + i] * key[d];
-                held = b * (value[i] - decay * held);
+                for (int64_t d = 0; d < dk; ++d) held += s[d * dv + i] * x[d];
+                held = b[t * step] * (value[t * v_step + i] - gone[t * step] * held);
                 for (int64_t d = 0; d < dk; ++d) {
-                    s[d * dv + i] = decay * s[d * dv + i] + key[d] * held;
-                    read += s[d * dv + i] * query[d];
+                    s[d * dv + i] = gone[t * step] * s[d * dv + i] + x[d] * held;
+                    read += s[d * dv + i] * y[d];
                 }
-                to[i] = read;
+                to[t * out_step + i] = read;
             }
         }
     });
@@ -361,7 +401,7 @@ void qwenrun_cpu_attention(const float *q, const void *k, const void *v, const u
                            const uint16_t *v_scales, int32_t kind, int64_t tokens, int64_t length, int64_t heads,
                            int64_t groups, int64_t size, float scale, float *out) {
     const Cache cache = {k, v, k_scales, v_scales, kind, groups, size};
-    const int64_t shared = heads / groups, entry = size + 2;
+    const int64_t shared = heads / groups, entry = size + MIXED;
     auto block = [&](int64_t group, int64_t t, int64_t count) {
         return Queries{q + (t * heads + group * shared) * size, size, heads * size, shared, count, length - tokens + t, scale};
     };

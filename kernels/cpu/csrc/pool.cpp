@@ -9,7 +9,7 @@
 namespace {
 
 // Longer than Python needs between two kernels, shorter than anybody notices.
-constexpr auto SPIN = std::chrono::microseconds(60);
+constexpr auto SPIN = std::chrono::microseconds(400);
 
 std::atomic<Pool *> pool{nullptr};
 std::mutex making;

@@ -120,5 +120,7 @@ static void round_row(const Matrix &w, const float *x, int8_t *codes, float *sca
 }
 
 static void silu_times(float *gate, const float *up, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) gate[i] = silu(gate[i]) * up[i];
+    by_eights(count, [&](int64_t i, int64_t lanes) {
+        store_some(gate + i, silu8(load_some(gate + i, lanes)) * load_some(up + i, lanes), lanes);
+    });
 }
