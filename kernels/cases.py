@@ -75,7 +75,7 @@ class Case:
 
 # Activations rounded to 8 bits with a scale a block err by 1/254 of the block's largest value at most, by 0.3 to 0.6 %
 # of the result on random ones; an expert rounds twice, and multiplies two such results.
-ROUNDED = {"linear": 1.5e-2, "linears": 1.5e-2, "experts": 4e-2, "swiglu": 4e-2}
+ROUNDED = {"linear": 1.5e-2, "linears": 1.5e-2, "experts": 4e-2, "swiglu": 4e-2, "moe_entry": 4e-2}
 # Float32 sums of a few thousand products err by some 1e-6; an error of structure is larger than 1e-2.
 FLOAT32 = 1e-5
 
@@ -108,10 +108,14 @@ def _all() -> Iterator[Case]:
             # The matrix in the named format, one in bf16 and one more, as a layer's projections may be.
             sizes = spec.nbytes(80, 128) + SPECS["bf16"].nbytes(3, 128) + _third(storage).nbytes(33, 128)
             dims = {"T": tokens, "N": 80, "K": 128}
-            yield Case("linears", dims, FLOAT32, sizes, 2 * tokens * 116 * 128, storage)
+            for norm in (False, True):
+                yield Case("linears", dims, FLOAT32, sizes, 2 * tokens * 116 * 128, storage, {"norm": norm})
             dims = {"T": tokens, "I": 64, "H": 128}
             size = 2 * spec.nbytes(64, 128) + spec.nbytes(128, 64)
             yield Case("swiglu", dims, FLOAT32, size, 6 * tokens * 64 * 128, storage)
+            dims = {"T": tokens, "I": 64, "H": 128, "E": 9, "k": 4}
+            size += SPECS["bf16"].nbytes(10, 128)
+            yield Case("moe_entry", dims, FLOAT32, size, 6 * tokens * 64 * 128 + 20 * tokens * 128, storage)
     for storage in ("bf16", "f32"):
         for tokens, experts, k in ((1, 16, 3), (7, 5, 5)):
             dims = {"T": tokens, "E": experts, "k": k, "H": 96}
@@ -154,7 +158,7 @@ def _third(storage: str) -> BlockSpec:
 def inputs(case: Case, generator: torch.Generator) -> tuple[Any, ...]:
     """Fresh random arguments for `case`, in the order of its op; state tensors among them are the op's to change.
 
-    One of `ops.FACTORIES` takes all but the last, and what it gives takes the last.
+    One of `ops.FACTORIES` takes as many as it says there, and what it gives takes the others.
     """
     d = case.dims
 
@@ -175,10 +179,17 @@ def inputs(case: Case, generator: torch.Generator) -> tuple[Any, ...]:
         return normal(d["T"], d["H"]) / 16, gate_up, down, index, normal(d["T"], d["k"]).softmax(-1)
     if case.op == "linears":
         specs = {d["N"]: SPECS[case.storage], 3: SPECS["bf16"], 33: _third(case.storage)}
-        return [encode(normal(rows, d["K"]), spec) for rows, spec in specs.items()], normal(d["T"], d["K"])
+        weights = [encode(normal(rows, d["K"]), spec) for rows, spec in specs.items()]
+        return weights, normal(d["K"]) if case.options["norm"] else None, 1e-6, normal(d["T"], d["K"])
     if case.op == "swiglu":
         shapes = [(d["I"], d["H"]), (d["I"], d["H"]), (d["H"], d["I"])]
         return *(encode(normal(*shape) / 8, SPECS[case.storage]) for shape in shapes), normal(d["T"], d["H"])
+    if case.op == "moe_entry":
+        shapes = [(d["I"], d["H"]), (d["I"], d["H"]), (d["H"], d["I"])]
+        router, shared_gate = (encode(normal(rows, d["H"]) / 8, SPECS["bf16"]) for rows in (d["E"], 1))
+        shared = (encode(normal(*shape) / 8, SPECS[case.storage]) for shape in shapes)
+        stream = (normal(d["T"], d["H"]), normal(d["T"], d["H"]))
+        return normal(d["H"]), 1e-6, router, d["k"], *shared, shared_gate, *stream
     if case.op == "router":
         return normal(d["T"], d["H"]), encode(normal(d["E"], d["H"]) / 4, SPECS[case.storage]), d["k"]
     if case.op == "attention":

@@ -19,8 +19,8 @@ from qwenrun.kernels.dispatch import pick
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
-# Ops that are given weights and give back the callable that computes.
-FACTORIES = ("linears", "swiglu")
+# Ops that are given weights and give back the callable that computes: how many arguments are theirs.
+FACTORIES = {"linears": 3, "swiglu": 3, "moe_entry": 8}
 
 OPS = (
     "encode",
@@ -28,6 +28,7 @@ OPS = (
     "linear",
     "linears",
     "swiglu",
+    "moe_entry",
     "embedding",
     "experts",
     "router",
@@ -77,12 +78,15 @@ def linear(x: Tensor, w: Weight) -> Tensor:
     return pick("linear", x.device.type, w.spec)(x, w)
 
 
-def linears(weights: Sequence[Weight]) -> Callable[[Tensor], list[Tensor]]:
+def linears(
+    weights: Sequence[Weight], norm: Tensor | None = None, eps: float = 1e-6
+) -> Callable[[Tensor], list[Tensor]]:
     """Several matrices [N_i, K] that read the same input, as one callable: x [T, K] -> [T, N_i] each, in x's dtype.
 
-    What can be known of the matrices is settled here, once; the callable keeps them.
+    norm [K]: what they read is the (zero-centred) `rms_norm` of x with it. What can be known of the matrices is
+    settled here, once; the callable keeps them.
     """
-    return pick("linears", weights[0].codes.device.type)(weights)
+    return pick("linears", weights[0].codes.device.type)(weights, norm, eps)
 
 
 def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]:
@@ -90,22 +94,37 @@ def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]
     return pick("swiglu", gate.codes.device.type)(gate, up, down)
 
 
+def moe_entry(
+    norm: Tensor, eps: float, router: Weight, k: int, gate: Weight, up: Weight, down: Weight, shared_gate: Weight
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """A mixture-of-experts layer from the mixer's result y to its routed experts, as one callable of x, y [T, H].
+
+    norm [H], router [E, H], gate and up [I, H], down [H, I], shared_gate [1, H]. Gives the residual stream
+    s = x + y; n = rms_norm(s), which the routed experts read; `router`'s index [T, k] and weight [T, k]; and what
+    they are added to, s + sigmoid(shared_gate n) swiglu(n).
+    """
+    return pick("moe_entry", norm.device.type)(norm, eps, router, k, gate, up, down, shared_gate)
+
+
 def embedding(ids: Tensor, w: Weight) -> Tensor:
     """Rows `ids` (int64 [T]) of a matrix [V, H]: float32 [T, H]. Only those rows are decoded."""
     return pick("embedding", ids.device.type, w.spec)(ids, w)
 
 
-def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None = None
+) -> Tensor:
     """The weighted sum of the chosen experts' `down(silu(gate(x)) * up(x))`: [T, H] in x's dtype.
 
     x [T, H]; gate_up [E, 2I, H], the gate's rows first; down [E, H, I]; index int64 [T, k], the chosen
-    experts; weight float32 [T, k]. Experts that nobody chose are not touched.
+    experts; weight float32 [T, k]; base float32 [T, H], to which the sum is added. Experts that nobody chose are
+    not touched.
 
     A row's result does not depend on the other rows of the call, and the k weighted results of a token are
     rounded to float32 and added in the order of `index`: computing the pairs in several calls with k = 1 and
     adding them in that order gives the same bits.
     """
-    return pick("experts", x.device.type, gate_up.spec)(x, gate_up, down, index, weight)
+    return pick("experts", x.device.type, gate_up.spec)(x, gate_up, down, index, weight, base)
 
 
 def sum_in_order(rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from qwenrun.kernels.dispatch import Backend
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
-VERSION = 2
+VERSION = 3
 # A library to load in place of the installed one: one with sanitizers, say.
 LIBRARY_ENV = "QWENRUN_CPU_LIBRARY"
 _CODES = {"int4": 0, "int8": 1, "e2m1": 2, "bf16": 3}
@@ -45,6 +45,7 @@ class _Matrix(ctypes.Structure):
 _WITHOUT_FORMAT = (
     "linears",
     "swiglu",
+    "moe_entry",
     "delta_net",
     "router",
     "attention",
@@ -77,12 +78,13 @@ def library() -> ctypes.CDLL | str:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     lib.qwenrun_cpu_linear.argtypes = [pointer, pointer, number, pointer]
     lib.qwenrun_cpu_linear.restype = None
-    lib.qwenrun_cpu_experts.argtypes = [pointer, pointer, pointer, number, number, pointer, pointer, pointer]
+    lib.qwenrun_cpu_experts.argtypes = [pointer, pointer, pointer, number, number, *[pointer] * 4]
     lib.qwenrun_cpu_experts.restype = None
     lib.qwenrun_cpu_tiles.restype = ctypes.c_char_p
     real = ctypes.c_float
     for name, types in {
-        "linears": [pointer, number, pointer, number, pointer],
+        "linears": [pointer, number, pointer, number, pointer, real, pointer],
+        "moe_entry": [*[pointer] * 6, real, number, pointer, pointer, number, *[pointer] * 5],
         "swiglu": [*[pointer] * 4, number, pointer],
         "delta_net": [*[pointer] * 9, real, pointer, *[number] * 6, pointer],
         "rms_norm": [pointer, pointer, real, real, number, number, pointer],
@@ -164,20 +166,24 @@ def linear(x: Tensor, w: Weight) -> Tensor:
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
-def linears(weights: Sequence[Weight]) -> Callable[[Tensor], list[Tensor]]:
+def linears(
+    weights: Sequence[Weight], norm: Tensor | None = None, eps: float = 1e-6
+) -> Callable[[Tensor], list[Tensor]]:
     """See `qwenrun.kernels.ops.linears`."""
     if any(_refuses("linear", w.spec) for w in weights):
-        return ref.linears(weights)
+        return ref.linears(weights, norm, eps)
     count, lib = len(weights), _lib().qwenrun_cpu_linears
     matrices = [_described(w) for w in weights]
     pointers = (ctypes.c_void_p * count)(*map(ctypes.addressof, matrices))
     rows = [w.rows for w in weights]
     total = sum(rows)
+    before = None if norm is None else _float_rows(norm)
+    scale = None if before is None else before.data_ptr()
 
-    def apply(x: Tensor, kept: object = (weights, matrices)) -> list[Tensor]:
+    def apply(x: Tensor, kept: object = (weights, matrices, before)) -> list[Tensor]:
         values, tokens = _float_rows(x), x.shape[0]
         out = torch.empty(tokens * total, dtype=torch.float32)
-        lib(pointers, count, values.data_ptr(), tokens, out.data_ptr())
+        lib(pointers, count, values.data_ptr(), tokens, scale, eps, out.data_ptr())
         if count == 1:
             made = [out.view(tokens, total)]
         else:
@@ -204,6 +210,36 @@ def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]
     return apply
 
 
+def moe_entry(
+    norm: Tensor, eps: float, router: Weight, k: int, gate: Weight, up: Weight, down: Weight, shared_gate: Weight
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """See `qwenrun.kernels.ops.moe_entry`."""
+    weights = (router, gate, up, down, shared_gate)
+    if any(_refuses("linear", w.spec) for w in weights):
+        return ref.moe_entry(norm, eps, router, k, gate, up, down, shared_gate)
+    lib, before, hidden = _lib().qwenrun_cpu_moe_entry, _float_rows(norm), router.cols
+    matrices = [_described(w) for w in weights]
+    pointers = [ctypes.addressof(m) for m in matrices]
+    scale = before.data_ptr()
+
+    def apply(
+        x: Tensor, y: Tensor, kept: object = (weights, matrices, before)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        a, b, tokens = _float_rows(x), _float_rows(y), x.shape[0]
+        stream, normed, base = torch.empty(3, tokens, hidden, dtype=torch.float32).unbind()
+        index = torch.empty(tokens, k, dtype=torch.int64)
+        weight = torch.empty(tokens, k, dtype=torch.float32)
+        at = stream.data_ptr()
+        step = 4 * tokens * hidden
+        lib(
+            *pointers, scale, eps, k, a.data_ptr(), b.data_ptr(), tokens,
+            at, at + step, at + 2 * step, index.data_ptr(), weight.data_ptr(),
+        )  # fmt: skip
+        return stream, normed, index, weight, base
+
+    return apply
+
+
 def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
     """See `qwenrun.kernels.ops.router`. A gate this backend does not multiply with is the reference's."""
     if gate.spec.codes != "bf16" and _refuses("linear", gate.spec):
@@ -216,10 +252,13 @@ def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
     return index, weight
 
 
-def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None = None
+) -> Tensor:
     """See `qwenrun.kernels.ops.experts`."""
     if gate_up.spec.tile != down.spec.tile:
-        return ref.experts(x, gate_up, down, index, weight)
+        return ref.experts(x, gate_up, down, index, weight, base)
+    added = None if base is None else _float_rows(base)
     rows, chosen, weights = _float_rows(x), index.contiguous(), _float_rows(weight)
     out = torch.empty(rows.shape[0], down.rows, dtype=torch.float32)
     _lib().qwenrun_cpu_experts(
@@ -230,6 +269,7 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Ten
         chosen.shape[1],
         chosen.data_ptr(),
         weights.data_ptr(),
+        None if added is None else added.data_ptr(),
         out.data_ptr(),
     )
     return out if x.dtype == torch.float32 else out.to(x.dtype)

@@ -9,7 +9,7 @@ from qwenrun.kernels.dispatch import Backend
 from qwenrun.kernels.ref.attention import apply_rope, attention, rope_tables
 from qwenrun.kernels.ref.codec import decode, encode
 from qwenrun.kernels.ref.delta import conv, delta_net, delta_rule
-from qwenrun.kernels.ref.linear import embedding, experts, linear, linears, router, swiglu
+from qwenrun.kernels.ref.linear import embedding, experts, linear, linears, moe_entry, router, swiglu
 from qwenrun.kernels.ref.norms import gated_rms_norm, rms_norm
 
 BACKEND = Backend("ref", priority=0, devices=(), refuses=lambda op, spec: "")
@@ -28,6 +28,7 @@ __all__ = [
     "gated_rms_norm",
     "linear",
     "linears",
+    "moe_entry",
     "rms_norm",
     "rope_tables",
     "router",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwenrun.kernels.ops import sum_in_order
 from qwenrun.kernels.ref.codec import decode
+from qwenrun.kernels.ref.norms import rms_norm
 from qwenrun.kernels.spec import TILE_ROWS
 from qwenrun.kernels.weight import Weight
 
@@ -32,14 +33,37 @@ def linear(x: Tensor, w: Weight) -> Tensor:
     return torch.cat([F.linear(x.float(), decode(block)) for block in blocks], dim=-1).to(x.dtype)
 
 
-def linears(weights: Sequence[Weight]) -> Callable[[Tensor], list[Tensor]]:
+def linears(
+    weights: Sequence[Weight], norm: Tensor | None = None, eps: float = 1e-6
+) -> Callable[[Tensor], list[Tensor]]:
     """See `qwenrun.kernels.ops.linears`."""
-    return lambda x: [linear(x, w) for w in weights]
+
+    def apply(x: Tensor) -> list[Tensor]:
+        read = x if norm is None else rms_norm(x, norm, eps)
+        return [linear(read, w) for w in weights]
+
+    return apply
 
 
 def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]:
     """See `qwenrun.kernels.ops.swiglu`."""
     return lambda x: linear(F.silu(linear(x, gate)).mul_(linear(x, up)), down)
+
+
+def moe_entry(
+    norm: Tensor, eps: float, router: Weight, k: int, gate: Weight, up: Weight, down: Weight, shared_gate: Weight
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """See `qwenrun.kernels.ops.moe_entry`."""
+    shared = swiglu(gate, up, down)
+
+    def apply(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        stream = x + y
+        normed = rms_norm(stream, norm, eps)
+        index, weight = top_k(linear(normed, router), k)
+        base = torch.addcmul(stream, torch.sigmoid(linear(normed, shared_gate)), shared(normed))
+        return stream, normed, index, weight, base
+
+    return apply
 
 
 def embedding(ids: Tensor, w: Weight) -> Tensor:
@@ -61,7 +85,9 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return index, weight / weight.sum(-1, keepdim=True)
 
 
-def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None = None
+) -> Tensor:
     """See `qwenrun.kernels.ops.experts`."""
     tokens, k = index.shape
     flat, weights = index.flatten(), weight.flatten()
@@ -74,7 +100,8 @@ def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Ten
         hidden = _swiglu(linear(x[pairs // k].float(), gate_up[expert]))
         rows[pairs] = linear(hidden, down[expert]) * weights[pairs, None]
         start += count
-    return sum_in_order(rows.view(tokens, k, -1)).to(x.dtype)
+    total = sum_in_order(rows.view(tokens, k, -1))
+    return (total if base is None else total.add_(base)).to(x.dtype)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class RoutedExperts:
         # Called with the chosen experts, numpy int64 [T, k], if somebody records routes.
         self.trace: Callable[[np.ndarray], None] | None = None
 
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """x f32 [T, H], index i64 [T, k], weight f32 [T, k] -> the weighted sum, f32 [T, H]."""
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, base: Tensor) -> Tensor:
+        """x f32 [T, H], index i64 [T, k], weight f32 [T, k], base f32 [T, H] -> base plus the weighted sum."""
         cache = self._cache
         chosen = index.cpu().numpy()
         if self.trace is not None:
@@ -74,10 +74,10 @@ class RoutedExperts:
         slots = cache.lookup(wanted)
         if slots is not None:
             cache.stats.hits += len(keys)
-            out = self._op(x, *self._stack, torch.from_numpy(slots).to(self._device), weight)
+            out = self._op(x, *self._stack, torch.from_numpy(slots).to(self._device), weight, base)
             cache.used(keys)
         else:
-            out = _Pass(self, x, wanted, weight).run(keys)
+            out = _Pass(self, x, wanted, weight).run(keys).add_(base)
         cache.forget_ahead(self._prefix, keys)
         return out
 

@@ -1,4 +1,5 @@
-"""Gated full attention: grouped-query attention with per-head norms, partial rotary, and a sigmoid output gate.
+"""Gated full attention, with the norm before it: grouped queries, per-head norms, partial rotary, a sigmoid output
+gate.
 
 Knows neither tensor names nor how keys and values are stored: a `KVLayer` keeps them.
 """
@@ -34,6 +35,7 @@ class Attention:
     def __init__(
         self,
         config: ModelConfig,
+        norm: Tensor,
         q_proj: Linear,
         k_proj: Linear,
         v_proj: Linear,
@@ -41,7 +43,7 @@ class Attention:
         q_norm: Tensor,
         k_norm: Tensor,
     ) -> None:
-        self.qkv_proj = linears([p.weight for p in (q_proj, k_proj, v_proj)])
+        self.qkv_proj = linears([p.weight for p in (q_proj, k_proj, v_proj)], norm, config.rms_norm_eps)
         self.o_proj = o_proj
         self.q_norm, self.k_norm = q_norm, k_norm
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
@@ -53,7 +55,7 @@ class Attention:
         self._apply_rope = bind("apply_rope", device)
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVLayer, start: int) -> Tensor:
-        """x f32 [T, H] at cache rows start..start+T-1, rotary (cos, sin) [T, rotary_dim/2] -> [T, H]."""
+        """The residual stream x f32 [T, H], not yet normed, at cache rows start..start+T-1, rotary (cos, sin) [T, rotary_dim/2] -> [T, H]."""
         tokens = x.shape[0]
         cos, sin = rotary
         q_gate, k, v = self.qkv_proj(x)

@@ -83,18 +83,14 @@ class _Binder:
         return self.attention(name) if self.config.is_full(layer) else self.deltanet(name)
 
     def layer(self, name: str, mixer: Attention | DeltaNet) -> Layer:
-        return Layer(
-            self.config,
-            self.vector(f"{name}input_layernorm.weight"),
-            mixer,
-            self.vector(f"{name}post_attention_layernorm.weight"),
-            self.moe(f"{name}mlp.") if self.config.is_moe else self.swiglu(f"{name}mlp."),
-        )
+        norm = self.vector(f"{name}post_attention_layernorm.weight")
+        return Layer(mixer, self.moe(f"{name}mlp.", norm) if self.config.is_moe else self.dense(f"{name}mlp.", norm))
 
     def attention(self, layer: str) -> Attention:
         name = f"{layer}self_attn."
         return Attention(
             self.config,
+            self.vector(f"{layer}input_layernorm.weight"),
             q_proj=self.linear(f"{name}q_proj"),
             k_proj=self.linear(f"{name}k_proj"),
             v_proj=self.linear(f"{name}v_proj"),
@@ -107,6 +103,7 @@ class _Binder:
         name = f"{layer}linear_attn."
         return DeltaNet(
             self.config,
+            self.vector(f"{layer}input_layernorm.weight"),
             in_proj_qkv=self.linear(f"{name}in_proj_qkv"),
             in_proj_z=self.linear(f"{name}in_proj_z"),
             in_proj_b=self.linear(f"{name}in_proj_b"),
@@ -118,17 +115,22 @@ class _Binder:
             norm=self.vector(f"{name}norm.weight"),
         )
 
-    def moe(self, name: str) -> MoE:
+    def moe(self, name: str, norm: Tensor) -> MoE:
         return MoE(
-            self.config.top_k,
+            self.config,
+            norm,
             router=self.source.tensor(f"{name}gate.weight"),
             routed=self.source.experts(f"{name}experts"),
-            shared=self.swiglu(f"{name}shared_expert."),
+            gate=self.linear(f"{name}shared_expert.gate_proj"),
+            up=self.linear(f"{name}shared_expert.up_proj"),
+            down=self.linear(f"{name}shared_expert.down_proj"),
             shared_gate=self.linear(f"{name}shared_expert_gate"),
         )
 
-    def swiglu(self, name: str) -> DenseMLP:
+    def dense(self, name: str, norm: Tensor) -> DenseMLP:
         return DenseMLP(
+            self.config,
+            norm,
             gate=self.linear(f"{name}gate_proj"),
             up=self.linear(f"{name}up_proj"),
             down=self.linear(f"{name}down_proj"),

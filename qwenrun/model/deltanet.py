@@ -1,4 +1,4 @@
-"""Gated DeltaNet: linear attention with a short convolution and a recurrent state instead of a KV cache.
+"""Gated DeltaNet, with the norm before it: linear attention with a short convolution and a recurrent state instead of a KV cache.
 
 Knows neither tensor names nor where the state lives: a `DeltaLayer` holds it, and it is updated in place.
 """
@@ -39,6 +39,7 @@ class DeltaNet:
     def __init__(
         self,
         config: ModelConfig,
+        input_norm: Tensor,
         in_proj_qkv: Linear,
         in_proj_z: Linear,
         in_proj_b: Linear,
@@ -49,7 +50,8 @@ class DeltaNet:
         dt_bias: Tensor,
         norm: Tensor,
     ) -> None:
-        self.in_proj = linears([p.weight for p in (in_proj_qkv, in_proj_z, in_proj_b, in_proj_a)])
+        projections = (in_proj_qkv, in_proj_z, in_proj_b, in_proj_a)
+        self.in_proj = linears([p.weight for p in projections], input_norm, config.rms_norm_eps)
         self.out_proj = out_proj
         self.conv_weight = conv_weight.contiguous()
         self.decay = -torch.exp(A_log.float())
@@ -59,7 +61,7 @@ class DeltaNet:
         self._delta_net = bind("delta_net", norm.device.type)
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: DeltaLayer, start: int) -> Tensor:
-        """x f32 [T, H] -> [T, H]; `state` moves on by T tokens. Positions play no part here."""
+        """The residual stream x f32 [T, H], not yet normed -> [T, H]; `state` moves on by T tokens. Positions play no part here."""
         mixed = self._delta_net(
             *self.in_proj(x),
             self.conv_weight,

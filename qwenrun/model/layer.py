@@ -14,39 +14,24 @@ from qwenrun.kernels.ops import bind
 from qwenrun.model.attention import Attention
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.deltanet import DeltaNet
-from qwenrun.model.moe import MoE
+from qwenrun.model.moe import DenseMLP, MoE
 
 
 class Layer:
-    """x += mixer(norm(x)); x += mlp(norm(x)), with zero-centred RMS norms."""
+    """x += mixer(norm(x)); x += mlp(norm(x)), with zero-centred RMS norms that the halves hold."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        input_norm: Tensor,
-        mixer: Attention | DeltaNet,
-        post_norm: Tensor,
-        mlp: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.input_norm, self.post_norm = input_norm, post_norm
+    def __init__(self, mixer: Attention | DeltaNet, mlp: DenseMLP | MoE) -> None:
         self.mixer, self.mlp = mixer, mlp
-        self.eps = config.rms_norm_eps
-        self._rms_norm = bind("rms_norm", input_norm.device.type)
-        # Called with the residual stream between the two halves, if somebody wants to look ahead.
+        # Called with the residual stream before the routed experts, if somebody wants to look ahead.
         self.between: Callable[[Tensor], None] | None = None
 
     def preview(self, x: Tensor) -> Tensor | None:
         """The experts i64 [T, k] this layer would choose for a residual stream x f32 [T, H]; None without any."""
-        if not isinstance(self.mlp, MoE):
-            return None
-        return self.mlp.choose(self._rms_norm(x, self.post_norm, self.eps))[0]
+        return self.mlp.choose(x) if isinstance(self.mlp, MoE) else None
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: Any, start: int) -> Tensor:
         """x f32 [T, H] at cache rows start..start+T-1 -> [T, H]. `state` is what the mixer keeps; it moves on."""
-        x = x + self.mixer(self._rms_norm(x, self.input_norm, self.eps), rotary, state, start)
-        if self.between is not None:
-            self.between(x)
-        return x + self.mlp(self._rms_norm(x, self.post_norm, self.eps))
+        return self.mlp(x, self.mixer(x, rotary, state, start), self.between)
 
 
 class Rotary:

@@ -1,32 +1,38 @@
-"""The feed-forward half of a layer: a dense SwiGLU, or routed experts beside one shared expert.
+"""The feed-forward half of a layer, with the norm before it: a dense SwiGLU, or routed experts beside a shared one.
 
-Knows neither tensor names nor where expert weights live.
+Both are given the residual stream and what the mixer made of it, and give the stream with all added. Knows neither
+tensor names nor where expert weights live.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from qwenrun.kernels.ops import bind, swiglu
+from qwenrun.kernels.ops import bind, moe_entry, swiglu
 from qwenrun.kernels.weight import Weight
+from qwenrun.model.config import ModelConfig
 from qwenrun.model.linear import Linear
 
-# x f32 [T, H], index i64 [T, k], weight f32 [T, k] -> f32 [T, H]
-Routed = Callable[[Tensor, Tensor, Tensor], Tensor]
+# x f32 [T, H], index i64 [T, k], weight f32 [T, k], base f32 [T, H] -> base plus the weighted sum, f32 [T, H]
+Routed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class DenseMLP:
-    """down(silu(gate(x)) * up(x)): the MLP of the dense models, and the shared expert of the others."""
+    """s + down(silu(gate n) * up n), n the norm of s = x + y: the MLP of the dense models."""
 
-    def __init__(self, gate: Linear, up: Linear, down: Linear) -> None:
+    def __init__(self, config: ModelConfig, norm: Tensor, gate: Linear, up: Linear, down: Linear) -> None:
+        self.norm, self.eps = norm, config.rms_norm_eps
+        self._rms_norm = bind("rms_norm", norm.device.type)
         self._swiglu = swiglu(gate.weight, up.weight, down.weight)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x f32 [T, H] -> [T, H]."""
-        return self._swiglu(x)
+    def __call__(self, x: Tensor, y: Tensor, between: Callable[[Tensor], None] | None = None) -> Tensor:
+        """x, y f32 [T, H] -> [T, H]."""
+        stream = x + y
+        if between is not None:
+            between(stream)
+        return self._swiglu(self._rms_norm(stream, self.norm, self.eps)).add_(stream)
 
 
 class StackedExperts:
@@ -36,29 +42,42 @@ class StackedExperts:
         self.gate_up, self.down = gate_up, down
         self._experts = bind("experts", gate_up.codes.device.type, gate_up.spec)
 
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """x f32 [T, H], index i64 [T, k], weight f32 [T, k] -> the weighted sum, f32 [T, H]."""
-        return self._experts(x, self.gate_up, self.down, index, weight)
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, base: Tensor) -> Tensor:
+        """x f32 [T, H], index i64 [T, k], weight f32 [T, k], base f32 [T, H] -> base plus the weighted sum."""
+        return self._experts(x, self.gate_up, self.down, index, weight, base)
 
 
 class MoE:
     """top_k of E routed experts, weighted by their renormalised router probabilities, plus a gated shared expert.
 
-    router [E, H]; routed: computes the chosen experts, wherever they are (see StackedExperts); shared_gate [1, H].
+    router [E, H]; routed: computes the chosen experts, wherever they are (see StackedExperts); gate, up and down: the
+    shared expert's; shared_gate [1, H].
     """
 
-    def __init__(self, top_k: int, router: Tensor, routed: Routed, shared: DenseMLP, shared_gate: Linear) -> None:
-        self.top_k = top_k
-        self.router, self.routed = Weight.plain(router), routed
-        self.shared, self.shared_gate = shared, shared_gate
-        self._router = bind("router", router.device.type)
+    def __init__(
+        self,
+        config: ModelConfig,
+        norm: Tensor,
+        router: Tensor,
+        routed: Routed,
+        gate: Linear,
+        up: Linear,
+        down: Linear,
+        shared_gate: Linear,
+    ) -> None:
+        self.top_k, self.eps = config.top_k, config.rms_norm_eps
+        self.norm, self.router, self.routed = norm, Weight.plain(router), routed
+        self._rms_norm, self._router = bind("rms_norm", norm.device.type), bind("router", norm.device.type)
+        shared = (gate.weight, up.weight, down.weight, shared_gate.weight)
+        self._entry = moe_entry(norm, self.eps, self.router, self.top_k, *shared)
 
-    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x f32 [T, H] -> the chosen experts i64 [T, k] and their weights f32 [T, k]."""
-        return self._router(x, self.router, self.top_k)
+    def choose(self, x: Tensor) -> Tensor:
+        """The experts i64 [T, k] for a residual stream x f32 [T, H]."""
+        return self._router(self._rms_norm(x, self.norm, self.eps), self.router, self.top_k)[0]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x f32 [T, H] -> [T, H]."""
-        index, weight = self.choose(x)
-        routed = self.routed(x, index, weight)
-        return routed.addcmul_(torch.sigmoid(self.shared_gate(x)), self.shared(x))
+    def __call__(self, x: Tensor, y: Tensor, between: Callable[[Tensor], None] | None = None) -> Tensor:
+        """x, y f32 [T, H] -> [T, H]."""
+        stream, normed, index, weight, base = self._entry(x, y)
+        if between is not None:
+            between(stream)
+        return self.routed(normed, index, weight, base)

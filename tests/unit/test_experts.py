@@ -338,8 +338,9 @@ def test_two_tiers_give_the_same_bits(
                 if number % 3 == 1:
                     experts._caches[prefix].prefetch(prefix, index[0].tolist()[:2], 8)
                 block = reader.experts(prefix)
-                want = routed._op(x, block.gate_up, block.down, index, weight)
-                assert torch.equal(routed(x, index, weight), want)
+                base = torch.randn(x.shape, generator=generator)
+                want = routed._op(x, block.gate_up, block.down, index, weight, base)
+                assert torch.equal(routed(x, index, weight, base), want)
     use = experts.stats()
     assert use.copied_bytes > 0
     assert mover.copies * plan.pools[0].record <= use.copied_bytes * 2
@@ -356,18 +357,19 @@ def test_a_read_error_below_two_tiers(copy: Path) -> None:
     next(stages)
     layers, _ = next(stages), next(stages)
     prefix, routed = next(iter(layers.items()))
-    x, weight = torch.randn(1, 128), torch.ones(1, TOP_K)
+    x, weight, base = torch.randn(1, 128), torch.ones(1, TOP_K), torch.randn(1, 128)
     index = torch.arange(TOP_K)[None]
     file = copy / "experts-00.bin"
     whole = file.read_bytes()
     os.truncate(file, 0)
     with pytest.raises(ModelError, match="can't be read any more"):
-        routed(x, index, weight)
+        routed(x, index, weight, base)
     file.write_bytes(whole)
     with PackReader.open(copy) as reader:
         block = reader.experts(prefix)
         for _ in range(3):
-            assert torch.equal(routed(x, index, weight), routed._op(x, block.gate_up, block.down, index, weight))
+            want = routed._op(x, block.gate_up, block.down, index, weight, base)
+            assert torch.equal(routed(x, index, weight, base), want)
     assert next(stages, None) is None
 
 

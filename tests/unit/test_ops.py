@@ -94,6 +94,10 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
+def naive_norm(x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * w
+
+
 def naive(case: Case, args: tuple) -> list[np.ndarray]:
     """The op's result, then its states afterwards."""
     a = [x.double().numpy() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
@@ -111,10 +115,20 @@ def naive(case: Case, args: tuple) -> list[np.ndarray]:
                 out[t] += weight * (down[expert] @ (silu(both[:half]) * both[half:]))
         return [out]
     if case.op == "linears":
-        return [a[1] @ naive_decode(w).T for w in args[0]]
+        x = a[3] if a[1] is None else naive_norm(a[3], a[1] + 1, a[2])
+        return [x @ naive_decode(w).T for w in args[0]]
     if case.op == "swiglu":
         gate, up, down = (naive_decode(w) for w in args[:3])
         return [(silu(a[3] @ gate.T) * (a[3] @ up.T)) @ down.T]
+    if case.op == "moe_entry":
+        router, gate, up, down, shared_gate = (naive_decode(args[i]) for i in (2, 4, 5, 6, 7))
+        stream = a[8] + a[9]
+        normed = naive_norm(stream, a[0] + 1, a[1])
+        routed = (torch.from_numpy(normed), args[2], args[3])
+        index, weight = naive(Case("router", case.dims, 0, 0, 0), routed)
+        share = 1 / (1 + np.exp(-normed @ shared_gate.T))
+        base = stream + share * ((silu(normed @ gate.T) * (normed @ up.T)) @ down.T)
+        return [stream, normed, index, weight, base]
     if case.op == "router":
         logits = a[0] @ naive_decode(args[1]).T
         p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -164,10 +178,10 @@ def naive(case: Case, args: tuple) -> list[np.ndarray]:
         return [out.reshape(tokens, -1), window, state]
     if case.op == "rms_norm":
         x, w, eps, zero_centred = a
-        return [x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (w + 1 if zero_centred else w)]
+        return [naive_norm(x, w + 1 if zero_centred else w, eps)]
     if case.op == "gated_rms_norm":
         o, w, z, eps = a
-        return [o / np.sqrt((o**2).mean(-1, keepdims=True) + eps) * w * silu(z)]
+        return [naive_norm(o, w, eps) * silu(z)]
     if case.op == "apply_rope":
         x, cos, sin = a
         out = x.copy()
@@ -208,7 +222,8 @@ def test_case(case: Case, backend: str) -> None:
         buffers.append(buffer)
     before = [x.clone() if isinstance(x, Tensor) else None for x in args]
     kernel = getattr(backends()[backend], case.op)
-    result = kernel(*args[:-1])(args[-1]) if case.op in ops.FACTORIES else kernel(*args)
+    own = ops.FACTORIES.get(case.op)
+    result = kernel(*args[:own])(*args[own:]) if own else kernel(*args)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     bound = case.bound_of(backends()[backend].BACKEND)
     results += [args[at] for at in STATES.get(case.op, ())]

@@ -11,8 +11,9 @@
 #include <numeric>
 #include <vector>
 
-#include "matrix.h"
+#include "kernels.h"
 #include "pool.h"
+#include "scratch.h"
 #include "tiles.h"
 
 #if defined(__x86_64__)
@@ -494,23 +495,6 @@ const Tiles *tiles() {
     return best;
 }
 
-// Memory of the calling thread that stays when a call ends: fresh pages cost more than the arithmetic on them.
-template <typename T> T *scratch(int which, int64_t count) {
-    struct Piece {
-        std::unique_ptr<uint8_t[]> data;
-        size_t size = 0;
-    };
-    thread_local Piece pieces[6];
-    Piece &piece = pieces[which];
-    const size_t wanted = static_cast<size_t>(count) * sizeof(T);
-    if (piece.size < wanted) {
-        piece.data.reset();
-        piece.data.reset(new uint8_t[wanted + 64]);
-        piece.size = wanted;
-    }
-    return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(piece.data.get()) + 63) / 64 * 64);
-}
-
 // x float [rows, cols], rounded for w into codes int8 [rows, cols] and scales float [2, rows, blocks].
 Rounded round_into(const Matrix &w, const float *x, int64_t rows, int8_t *codes, float *scales) {
     const int64_t blocks = w.cols / w.block;
@@ -526,10 +510,10 @@ Rounded round_into(const Matrix &w, const float *x, int64_t rows, int8_t *codes,
     return {codes, scales, less, w.cols, blocks};
 }
 
-// The same, into scratch memory: `side` 0 or 1.
-Rounded round_for(const Matrix &w, const float *x, int64_t rows, int side) {
-    int8_t *codes = scratch<int8_t>(2 * side, rows * w.cols);
-    return round_into(w, x, rows, codes, scratch<float>(2 * side + 1, 2 * rows * (w.cols / w.block)));
+// The same, into scratch memory: what a call was given, or what it made between two matrices.
+Rounded round_for(const Matrix &w, const float *x, int64_t rows, bool inner = false) {
+    int8_t *codes = scratch<int8_t>(inner ? INNER_CODES : CODES, rows * w.cols);
+    return round_into(w, x, rows, codes, scratch<float>(inner ? INNER_SCALES : SCALES, 2 * rows * (w.cols / w.block)));
 }
 
 // out[n * stride + i] *= the tensor scale of row 16 * first + i.
@@ -563,7 +547,7 @@ const int64_t *counting(int64_t count) {
 }
 
 void linear_tiled(const Matrix &w, const float *x, int64_t tokens, float *y) {
-    const Rounded acts = round_for(w, x, tokens, 0);
+    const Rounded acts = round_for(w, x, tokens);
     const int64_t *all = counting(tokens), n = w.rows / 16, step = tiles_per_task(w, n, tokens);
     Pool::get().each((n + step - 1) / step, [&](int64_t task) {
         const int64_t first = task * step, last = std::min(n, first + step);
@@ -587,12 +571,25 @@ struct Groups {
     int64_t count() const { return static_cast<int64_t>(starts.size()) - 1; }
 };
 
+// out [tokens, size]: the k rows of each token in their order, then `base`, if there is one.
+void sum_pairs(const float *rows, int64_t tokens, int64_t k, int64_t size, const float *base, float *out) {
+    Pool::get().each(tokens, [&](int64_t t) {
+        const float *from = rows + t * k * size;
+        float *to = out + t * size;
+        for (int64_t i = 0; i < size; ++i) {
+            float sum = from[i];
+            for (int64_t j = 1; j < k; ++j) sum += from[j * size + i];
+            to[i] = base ? sum + base[t * size + i] : sum;
+        }
+    });
+}
+
 void experts_tiled(const Matrix &gate_up, const Matrix &down, const float *x, int64_t tokens, int64_t k,
-                   const int64_t *index, const float *weight, float *out) {
+                   const int64_t *index, const float *weight, const float *base, float *out) {
     const int64_t pairs = tokens * k, inner = down.cols, hidden = down.rows, half = inner / 16, n = hidden / 16;
     const Groups groups(index, tokens, k);
-    const Rounded acts = round_for(gate_up, x, tokens, 0);
-    float *middle = scratch<float>(4, pairs * inner);
+    const Rounded acts = round_for(gate_up, x, tokens);
+    float *middle = scratch<float>(PAIRS, pairs * inner);
     // Gate and up of the same rows: two runs of memory a task.
     const int64_t step = std::max<int64_t>(1, std::min(half, tiles_per_task(gate_up, half * groups.count(), tokens)));
     const int64_t cuts = (half + step - 1) / step;
@@ -600,7 +597,7 @@ void experts_tiled(const Matrix &gate_up, const Matrix &down, const float *x, in
         const int64_t g = task / cuts, first = task % cuts * step, last = std::min(half, first + step);
         const int64_t begin = groups.starts[g], end = groups.starts[g + 1], width = 16 * (last - first);
         const Matrix w = nth(gate_up, index[groups.order[begin]]);
-        float *up = scratch<float>(5, BLOCK * width);
+        float *up = scratch<float>(TASK, BLOCK * width);
         for (int64_t p = begin; p < end; p += BLOCK) {
             const int64_t count = std::min(BLOCK, end - p);
             float *gate = middle + p * inner + 16 * first;
@@ -610,7 +607,7 @@ void experts_tiled(const Matrix &gate_up, const Matrix &down, const float *x, in
         }
     });
 
-    const Rounded between = round_for(down, middle, pairs, 1);
+    const Rounded between = round_for(down, middle, pairs, true);
     if (tokens == 1) {
         // Every task has all k experts' sums of its rows, and adds them in the router's order.
         std::vector<int64_t> place(k);
@@ -618,7 +615,7 @@ void experts_tiled(const Matrix &gate_up, const Matrix &down, const float *x, in
         const int64_t wide = tiles_per_task(down, n, 1);
         Pool::get().each((n + wide - 1) / wide, [&](int64_t task) {
             const int64_t first = task * wide, last = std::min(n, first + wide), width = 16 * (last - first);
-            float *made = scratch<float>(5, width), *to = out + 16 * first;
+            float *made = scratch<float>(TASK, width), *to = out + 16 * first;
             for (int64_t j = 0; j < k; ++j) {
                 tiles_times(nth(down, index[j]), first, last, between, &place[j], 1, made, width);
                 for (int64_t i = 0; i < width; ++i) {
@@ -626,18 +623,20 @@ void experts_tiled(const Matrix &gate_up, const Matrix &down, const float *x, in
                     to[i] = j ? to[i] + part : part;
                 }
             }
+            if (base)
+                for (int64_t i = 0; i < width; ++i) to[i] += base[16 * first + i];
         });
         return;
     }
     // middle has been rounded: `made` may take more of the same memory.
-    float *made = scratch<float>(4, pairs * hidden);
+    float *made = scratch<float>(PAIRS, pairs * hidden);
     const int64_t *all = counting(pairs), wide = tiles_per_task(down, n * groups.count(), tokens);
     const int64_t parts = (n + wide - 1) / wide;
     Pool::get().each(groups.count() * parts, [&](int64_t task) {
         const int64_t g = task / parts, first = task % parts * wide, last = std::min(n, first + wide);
         const int64_t begin = groups.starts[g], end = groups.starts[g + 1], width = 16 * (last - first);
         const Matrix w = nth(down, index[groups.order[begin]]);
-        float *here = scratch<float>(5, BLOCK * width);
+        float *here = scratch<float>(TASK, BLOCK * width);
         for (int64_t p = begin; p < end; p += BLOCK) {
             const int64_t count = std::min(BLOCK, end - p);
             tiles_times(w, first, last, between, all + p, count, here, width);
@@ -648,15 +647,14 @@ void experts_tiled(const Matrix &gate_up, const Matrix &down, const float *x, in
             }
         }
     });
-    Pool::get().each(tokens, [&](int64_t t) {
-        const float *from = made + t * k * hidden;
-        float *to = out + t * hidden;
-        for (int64_t i = 0; i < hidden; ++i) {
-            float sum = from[i];
-            for (int64_t j = 1; j < k; ++j) sum += from[j * hidden + i];
-            to[i] = sum;
-        }
-    });
+    sum_pairs(made, tokens, k, hidden, base, out);
+}
+
+// gate[i] = silu(gate[i]) * up[i] for gate [tokens, rows] and then up [tokens, rows] in `made`.
+void close_gates(int64_t rows, int64_t tokens, float *made) {
+    float *up = made + tokens * rows;
+    if (tokens == 1) return tiles()->silu_times(made, up, rows);
+    Pool::get().each(tokens, [&](int64_t t) { tiles()->silu_times(made + t * rows, up + t * rows, rows); });
 }
 
 }  // namespace
@@ -664,7 +662,7 @@ void experts_tiled(const Matrix &gate_up, const Matrix &down, const float *x, in
 extern "C" {
 
 // The version of this interface; __init__.py asks for the one it was written for.
-int32_t qwenrun_cpu_version() { return 2; }
+int32_t qwenrun_cpu_version() { return 3; }
 int32_t qwenrun_cpu_avx2() { return has_avx2(); }
 // Which instructions tiled matrices are multiplied with.
 const char *qwenrun_cpu_tiles() { return tiles() ? tiles()->name : ""; }
@@ -690,8 +688,15 @@ void qwenrun_cpu_linear(const Matrix *w, const float *x, int64_t tokens, float *
     });
 }
 
-// y: float [tokens, rows] of each of `count` matrices, one after the other; all read the same x [tokens, cols].
-void qwenrun_cpu_linears(const Matrix *const *ws, int64_t count, const float *x, int64_t tokens, float *y) {
+// y: float [tokens, rows] of each of `count` matrices, one after the other; all read the same x [tokens, cols], or,
+// if norm [cols] is not null, its zero-centred rms norm.
+void qwenrun_cpu_linears(const Matrix *const *ws, int64_t count, const float *x, int64_t tokens, const float *norm,
+                         float eps, float *y) {
+    if (norm) {
+        float *normed = scratch<float>(NORMED, tokens * ws[0]->cols);
+        qwenrun_cpu_rms_norm(x, norm, 1.0f, eps, tokens, ws[0]->cols, normed);
+        x = normed;
+    }
     if (tokens > 1 || count == 1) {
         for (int64_t i = 0; i < count; y += tokens * ws[i]->rows, ++i) qwenrun_cpu_linear(ws[i], x, tokens, y);
         return;
@@ -706,8 +711,8 @@ void qwenrun_cpu_linears(const Matrix *const *ws, int64_t count, const float *x,
     };
     // At worst every matrix rounds it in its own way, in blocks of 8.
     const int64_t cols = ws[0]->cols;
-    int8_t *codes = scratch<int8_t>(0, count * cols);
-    float *scales = scratch<float>(1, count * 2 * (cols / 8 + 1));
+    int8_t *codes = scratch<int8_t>(CODES, count * cols);
+    float *scales = scratch<float>(SCALES, count * 2 * (cols / 8 + 1));
     std::vector<std::unique_ptr<Rounded>> rounded;
     std::vector<std::unique_ptr<Acts>> prepared;
     std::vector<Job> jobs;
@@ -747,24 +752,47 @@ void qwenrun_cpu_linears(const Matrix *const *ws, int64_t count, const float *x,
 // y [tokens, down.rows] = down(silu(gate x) * up x).
 void qwenrun_cpu_swiglu(const Matrix *gate, const Matrix *up, const Matrix *down, const float *x, int64_t tokens,
                         float *y) {
-    thread_local std::vector<float> middle;
-    const int64_t inner = gate->rows * tokens;
-    if (static_cast<int64_t>(middle.size()) < 2 * inner) middle.resize(2 * inner);
     const Matrix *both[] = {gate, up};
-    qwenrun_cpu_linears(both, 2, x, tokens, middle.data());
-    float *made = middle.data();
-    if (tokens == 1) tiles()->silu_times(made, made + inner, inner);
-    else Pool::get().each(tokens, [&](int64_t t) {
-        tiles()->silu_times(made + t * gate->rows, made + inner + t * gate->rows, gate->rows);
-    });
+    float *made = scratch<float>(GATES, 2 * tokens * gate->rows);
+    qwenrun_cpu_linears(both, 2, x, tokens, nullptr, 0.0f, made);
+    close_gates(gate->rows, tokens, made);
     qwenrun_cpu_linear(down, made, tokens, y);
 }
 
+// From a mixer's result to the routed experts; see kernels/ops.py. stream, normed, base [tokens, H]; index, weight
+// [tokens, k].
+void qwenrun_cpu_moe_entry(const Matrix *router, const Matrix *gate, const Matrix *up, const Matrix *down,
+                           const Matrix *shared_gate, const float *norm, float eps, int64_t k, const float *x,
+                           const float *y, int64_t tokens, float *stream, float *normed, float *base, int64_t *index,
+                           float *weight) {
+    const int64_t hidden = router->cols, inner = tokens * gate->rows, count = router->rows;
+    auto add = [&](int64_t t) {
+        const int64_t begin = t * hidden, end = begin + hidden;
+        for (int64_t i = begin; i < end; ++i) stream[i] = x[i] + y[i];
+        qwenrun_cpu_rms_norm(stream + begin, norm, 1.0f, eps, 1, hidden, normed + begin);
+    };
+    if (tokens < 4) for (int64_t t = 0; t < tokens; ++t) add(t);
+    else Pool::get().each(tokens, add);
+    const Matrix *all[] = {gate, up, shared_gate, router};
+    float *made = scratch<float>(ENTRY, 2 * inner + tokens * (1 + count)), *share = made + 2 * inner;
+    qwenrun_cpu_linears(all, 4, normed, tokens, nullptr, 0.0f, made);
+    qwenrun_cpu_top_k(share + tokens, tokens, count, k, index, weight);
+    close_gates(gate->rows, tokens, made);
+    qwenrun_cpu_linear(down, made, tokens, base);
+    auto mix = [&](int64_t t) {
+        const float by = 1.0f / (1.0f + std::exp(-share[t]));
+        for (int64_t i = t * hidden; i < (t + 1) * hidden; ++i) base[i] = stream[i] + by * base[i];
+    };
+    if (tokens < 4) for (int64_t t = 0; t < tokens; ++t) mix(t);
+    else Pool::get().each(tokens, mix);
+}
+
 // out float [tokens, hidden]: for each token the sum over its k experts, in order, of weight x down(silu(gate x) *
-// up x). gate_up and down are stacks; index int64 [tokens, k] says which of them, and none but those is read.
+// up x), and then of base, unless that is null. gate_up and down are stacks; index int64 [tokens, k] says which of
+// them, and none but those is read.
 void qwenrun_cpu_experts(const Matrix *gate_up, const Matrix *down, const float *x, int64_t tokens, int64_t k,
-                         const int64_t *index, const float *weight, float *out) {
-    if (gate_up->tile) return experts_tiled(*gate_up, *down, x, tokens, k, index, weight, out);
+                         const int64_t *index, const float *weight, const float *base, float *out) {
+    if (gate_up->tile) return experts_tiled(*gate_up, *down, x, tokens, k, index, weight, base, out);
     const int64_t pairs = tokens * k, inner = down->cols, hidden = down->rows;
     const Groups grouped(index, tokens, k);
     const std::vector<int64_t> &order = grouped.order, &owners = grouped.owners, &starts = grouped.starts;
@@ -809,17 +837,6 @@ void qwenrun_cpu_experts(const Matrix *gate_up, const Matrix *down, const float 
             }
         }
     });
-    auto add = [&](int64_t t) {
-        float *to = out + t * hidden;
-        const float *from = made.get() + t * k * hidden;
-        std::copy(from, from + hidden, to);
-        for (int64_t j = 1; j < k; ++j)
-            for (int64_t i = 0; i < hidden; ++i) to[i] += from[j * hidden + i];
-    };
-    if (tokens < 4) {
-        for (int64_t t = 0; t < tokens; ++t) add(t);
-    } else {
-        Pool::get().each(tokens, add);
-    }
+    sum_pairs(made.get(), tokens, k, hidden, base, out);
 }
 }

@@ -3,12 +3,12 @@
 // Needs AVX2, FMA and F16C: the caller has asked for them. Knows no Python object and no torch.
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <type_traits>
 
+#include "kernels.h"
 #include "pool.h"
+#include "scratch.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -21,25 +21,6 @@
 #include "floats.h"
 
 namespace {
-
-// Memory for one call, kept by its thread; whole cache lines.
-float *room(int which, int64_t count) {
-    struct Piece {
-        void *data = nullptr;
-        int64_t size = 0;
-        ~Piece() { std::free(data); }
-    };
-    thread_local Piece pieces[4];
-    Piece &piece = pieces[which];
-    if (piece.size < count) {
-        std::free(piece.data);
-        piece.size = 0;
-        piece.data = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
-        if (!piece.data) throw std::bad_alloc();
-        piece.size = count;
-    }
-    return static_cast<float *>(piece.data);
-}
 
 // Few and small: not worth waking anybody.
 template <typename F> void each(int64_t count, int64_t floats_each, F &&body) {
@@ -198,7 +179,7 @@ inline void attend_run(const Cache &cache, const Queries &queries, int64_t group
     static_assert(FEW == 16, "two vectors");
     const int64_t size = cache.size, entry = size + MIXED, many = queries.shared * queries.count;
     const int64_t first = run * KEYS, last = first + KEYS < length ? first + KEYS : length;
-    float *rows = room(2, 2 * FEW * size + many * (FEW + 1)), *keys = rows + FEW * size;
+    float *rows = scratch<float>(MIXED_PART, 2 * FEW * size + many * (FEW + 1)), *keys = rows + FEW * size;
     float *scores = keys + FEW * size, *less = scores + many * FEW;
     for (int64_t m = 0; m < many; ++m) {
         part[m * entry] = -__builtin_inff();
@@ -332,7 +313,7 @@ void qwenrun_cpu_conv(const float *u, const float *w, float *state, int64_t toke
 void qwenrun_cpu_delta_rule(const float *q, const float *k, const float *v, const float *g, const float *beta,
                             float *state, int64_t tokens, int64_t key_heads, int64_t value_heads, int64_t dk,
                             int64_t dv, int64_t q_stride, int64_t k_stride, int64_t v_stride, float *out) {
-    float *keys = room(0, tokens * key_heads * dk), *queries = room(1, tokens * key_heads * dk);
+    float *keys = scratch<float>(KEYS_PART, tokens * key_heads * dk), *queries = scratch<float>(QUERIES_PART, tokens * key_heads * dk);
     const float root = 1.0f / std::sqrt(static_cast<float>(dk));
     each(tokens * key_heads, 2 * dk, [&](int64_t i) {
         const int64_t t = i / key_heads, h = i % key_heads;
@@ -342,7 +323,7 @@ void qwenrun_cpu_delta_rule(const float *q, const float *k, const float *v, cons
         for (int64_t d = 0; d < dk; ++d) key[d] = x[d] * a, query[d] = y[d] * b;
     });
     const int64_t slices = (dv + SLICE - 1) / SLICE, shared = value_heads / key_heads;
-    float *decay = room(3, tokens * value_heads);
+    float *decay = scratch<float>(DECAY_PART, tokens * value_heads);
     by_eights(tokens * value_heads, [&](int64_t i, int64_t lanes) {
         store_some(decay + i, exp8(load_some(g + i, lanes)), lanes);
     });
@@ -380,7 +361,7 @@ void qwenrun_cpu_delta_net(const float *qkv, const float *z, const float *b, con
                            float *state, int64_t tokens, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
                            int64_t taps, float *out) {
     const int64_t keys = key_heads * dk, channels = 2 * keys + value_heads * dv, many = tokens * value_heads;
-    float *mixed = room(2, tokens * channels + 2 * many + many * dv), *beta = mixed + tokens * channels;
+    float *mixed = scratch<float>(MIXED_PART, tokens * channels + 2 * many + many * dv), *beta = mixed + tokens * channels;
     float *g = beta + many, *read = g + many;
     qwenrun_cpu_conv(qkv, conv_weight, conv_state, tokens, channels, taps, mixed);
     for (int64_t i = 0; i < many; ++i) {
@@ -408,7 +389,7 @@ void qwenrun_cpu_attention(const float *q, const void *k, const void *v, const u
     auto result = [&](int64_t group, int64_t t) { return out + (t * heads + group * shared) * size; };
     if (tokens <= TOGETHER) {
         const int64_t runs = (length + KEYS - 1) / KEYS, many = shared * tokens;
-        float *parts = room(0, groups * runs * many * entry);
+        float *parts = scratch<float>(KEYS_PART, groups * runs * many * entry);
         each(runs * groups, KEYS * size, [&](int64_t task) {
             const int64_t group = task / runs, run = task % runs;
             attend_run(cache, block(group, 0, tokens), group, run, length, parts + task * many * entry);
@@ -423,7 +404,7 @@ void qwenrun_cpu_attention(const float *q, const void *k, const void *v, const u
         const int64_t count = tokens - t < TOGETHER ? tokens - t : TOGETHER;
         const Queries queries = block(group, t, count);
         const int64_t seen = queries.first + count, runs = (seen + KEYS - 1) / KEYS, many = shared * count;
-        float *parts = room(0, runs * many * entry);
+        float *parts = scratch<float>(KEYS_PART, runs * many * entry);
         for (int64_t run = 0; run < runs; ++run)
             attend_run(cache, queries, group, run, seen, parts + run * many * entry);
         merge_runs(queries, runs, size, parts, result(group, t));
@@ -433,7 +414,7 @@ void qwenrun_cpu_attention(const float *q, const void *k, const void *v, const u
 // The top k of softmax(logits [T, E]), renormalised to sum 1; of equals the first.
 void qwenrun_cpu_top_k(const float *logits, int64_t tokens, int64_t count, int64_t k, int64_t *index, float *weight) {
     each(tokens, 8 * count, [&](int64_t t) {
-        float *x = room(2, count);
+        float *x = scratch<float>(MIXED_PART, count);
         std::memcpy(x, logits + t * count, count * sizeof(float));
         int64_t *chosen = index + t * k;
         float *w = weight + t * k, total = 0.0f, bad = 0.0f;
