@@ -6,16 +6,14 @@ Optional: where there is no C++ compiler the install succeeds without it, and `q
 from setuptools import Extension, setup
 
 SOURCES = "kernels/cpu/csrc"
+HEADERS = ("floats", "kernels", "matrix", "pool", "scratch", "tiles", "tiles_body")
 
 setup(
     ext_modules=[
         Extension(
             "qwenrun.kernels.cpu._kernels",
             sources=[f"{SOURCES}/{name}.cpp" for name in ("kernels", "layer", "pool", "tiles_avx2", "tiles_avx512")],
-            depends=[
-                f"{SOURCES}/{name}.h"
-                for name in ("floats", "kernels", "matrix", "pool", "scratch", "tiles", "tiles_body")
-            ],
+            depends=[f"{SOURCES}/{name}.h" for name in HEADERS],
             language="c++",
             # Instruction sets are chosen function by function, at run time: the library runs on any CPU.
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-pthread"],

@@ -77,8 +77,9 @@ class SlotCache(ABC):
 
     def touch(self, keys: Sequence[int], counts: Sequence[int], now: float) -> None:
         """At token `now`, counts[i] tokens chose keys[i]."""
-        for key, count in zip(keys, counts):
-            self.table.touch(key, count, now)
+        if self.table.contended:
+            for key, count in zip(keys, counts):
+                self.table.touch(key, count, now)
 
     def lookup(self, keys: np.ndarray) -> np.ndarray | None:
         """The slots of `keys`, if every one of them is ready; else None."""

@@ -29,6 +29,8 @@ class SlotTable:
         self._half_life = half_life
         self._origin = 0.0
         self.slots = slots
+        # Whether anybody ever has to make room: where nobody does, scores are of no use.
+        self.contended = slots < keys
 
     def touch(self, key: int, count: int, now: float) -> None:
         """`count` tokens chose `key` at time `now`, counted in tokens."""

@@ -55,7 +55,8 @@ class Attention:
         self._apply_rope = bind("apply_rope", device)
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVLayer, start: int) -> Tensor:
-        """The residual stream x f32 [T, H], not yet normed, at cache rows start..start+T-1, rotary (cos, sin) [T, rotary_dim/2] -> [T, H]."""
+        """The residual stream x f32 [T, H], not yet normed, at cache rows start..start+T-1, rotary (cos, sin)
+        [T, rotary_dim/2] -> [T, H]."""
         tokens = x.shape[0]
         cos, sin = rotary
         q_gate, k, v = self.qkv_proj(x)

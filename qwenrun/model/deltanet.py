@@ -1,4 +1,5 @@
-"""Gated DeltaNet, with the norm before it: linear attention with a short convolution and a recurrent state instead of a KV cache.
+"""Gated DeltaNet, with the norm before it: linear attention with a short convolution and a recurrent state instead of
+a KV cache.
 
 Knows neither tensor names nor where the state lives: a `DeltaLayer` holds it, and it is updated in place.
 """
@@ -61,7 +62,8 @@ class DeltaNet:
         self._delta_net = bind("delta_net", norm.device.type)
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: DeltaLayer, start: int) -> Tensor:
-        """The residual stream x f32 [T, H], not yet normed -> [T, H]; `state` moves on by T tokens. Positions play no part here."""
+        """The residual stream x f32 [T, H], not yet normed -> [T, H]; `state` moves on by T tokens. Positions play no
+        part here."""
         mixed = self._delta_net(
             *self.in_proj(x),
             self.conv_weight,

@@ -121,7 +121,7 @@ def naive(case: Case, args: tuple) -> list[np.ndarray]:
         gate, up, down = (naive_decode(w) for w in args[:3])
         return [(silu(a[3] @ gate.T) * (a[3] @ up.T)) @ down.T]
     if case.op == "moe_entry":
-        router, gate, up, down, shared_gate = (naive_decode(args[i]) for i in (2, 4, 5, 6, 7))
+        gate, up, down, shared_gate = (naive_decode(args[i]) for i in (4, 5, 6, 7))
         stream = a[8] + a[9]
         normed = naive_norm(stream, a[0] + 1, a[1])
         routed = (torch.from_numpy(normed), args[2], args[3])

@@ -345,10 +345,10 @@ def test_an_interrupt_in_the_middle_of_a_layer(
     target, calls = engine.model.layers[layer], itertools.count()
     mlp = target.mlp
 
-    def interrupt(x: torch.Tensor) -> torch.Tensor:
+    def interrupt(*given: Any) -> torch.Tensor:
         if next(calls) == (1 if where == "prefill" else 0):
             raise KeyboardInterrupt
-        return mlp(x)
+        return mlp(*given)
 
     monkeypatch.setattr(target, "mlp", interrupt)
     # chunks of 16: the first one is done, the second is cut off
