@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +47,7 @@ SEED = 0
 # Of a limit this much is left for Python, torch and what else is not the engine's to plan.
 MARGIN = 48 << 20
 SILENCE_SECONDS, MOST_SECONDS = 150.0, 900.0
-PROMPT_TOKENS, GEN_TOKENS, RUNS = 32, 32, 2
+PROMPT_TOKENS, GEN_TOKENS, RUNS, ROUNDS = 32, 32, 2, 1
 
 # -- GGUF: blocks --------------------------------------------------------------------------------------------
 
@@ -725,6 +725,26 @@ def shown(result: Result, peer: float | None) -> str:
     return "  ".join(parts) + (f"  [{notes}]" if notes else "")
 
 
+def combined(rounds: Sequence[Sequence[Result]]) -> list[Result]:
+    """The medians over rounds of the same comparisons; trouble of any round is told."""
+
+    def median(values: list[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return statistics.median(known) if known else None
+
+    return [
+        replace(
+            same[0],
+            decode=median([r.decode for r in same]),
+            prefill=median([r.prefill for r in same]),
+            tokens=sum(r.tokens for r in same),
+            bytes_per_token=next((r.bytes_per_token for r in same if r.bytes_per_token), None),
+            trouble=next(filter(None, (r.trouble for r in same)), ""),
+        )
+        for same in zip(*rounds, strict=True)
+    ]
+
+
 def summary(results: Sequence[Result], bandwidth: float) -> str:
     """One line of ratios out of the results without a limit: `int4` to the faster way llama.cpp runs Q4_K_M, in decode
     and prefill; its bytes per second to the read bandwidth; `nvfp4`'s bytes per second to `int4`'s. "-" where a
@@ -763,6 +783,9 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, metavar="N")
     runner.add_argument("--gen-tokens", type=int, default=GEN_TOKENS, metavar="N")
     runner.add_argument("--runs", type=int, default=RUNS, metavar="N", help="counted runs, after one that is not")
+    runner.add_argument(
+        "--rounds", type=int, default=ROUNDS, metavar="N", help="every engine in turn, N times; medians are compared"
+    )
     runner.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     runner.add_argument(
         "--silence", type=float, default=SILENCE_SECONDS, metavar="S", help="end a run silent for so long"
@@ -810,23 +833,37 @@ def _run(options: argparse.Namespace, names: Sequence[str]) -> None:
         print(f"llama-cpp-python {check_peer(options.python)}", file=sys.stderr)
     # An end from outside must end the engine too: as an exception it does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    bandwidth, how = read_bandwidth()
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, {how}", file=sys.stderr)
-    results: list[Result] = []
-    best: dict[int | None, float] = {}
-    for result in compare(options.folder, options.python, limits, task, names):
-        results.append(result)
-        if result.engine == "llama.cpp" and result.decode:
-            best[result.limit] = max(best.get(result.limit, 0.0), result.decode)
-        print(shown(result, best.get(result.limit)), file=sys.stderr if options.json else sys.stdout, flush=True)
+    rounds: list[list[Result]] = []
+    bandwidths: list[float] = []
+    for number in range(max(1, options.rounds)):
+        # Measured in every round: on a shared machine the ceiling moves as much as what runs against it.
+        bandwidth, how = read_bandwidth()
+        bandwidths.append(bandwidth)
+        print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, {how}", file=sys.stderr)
+        rounds.append([])
+        for result in compare(options.folder, options.python, limits, task, names):
+            rounds[-1].append(result)
+            last = options.rounds <= 1 and not options.json
+            print(shown(result, _peer(rounds[-1], result.limit)), file=sys.stdout if last else sys.stderr, flush=True)
+        if options.rounds > 1:
+            print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
+    results, bandwidth = combined(rounds), statistics.median(bandwidths)
     if options.json:
-        content = [result.to_json(best.get(result.limit)) for result in results]
+        content = [result.to_json(_peer(results, result.limit)) for result in results]
         document = {"schema": "qwenrun-peer/1", "margin_bytes": margin, "read_bandwidth": bandwidth, "results": content}
         print(json.dumps(document, indent=1))
+    elif options.rounds > 1:
+        for result in results:
+            print(shown(result, _peer(results, result.limit)))
     if not any(result.decode for result in results):
         raise QwenrunError("no engine decoded a single token", "a larger --limit, or --silence")
     if not options.json and None in limits:
         print(summary(results, bandwidth))
+
+
+def _peer(results: Sequence[Result], limit: int | None) -> float | None:
+    """llama.cpp's best decode speed in a limit."""
+    return max((r.decode for r in results if r.engine == "llama.cpp" and r.limit == limit and r.decode), default=None)
 
 
 if __name__ == "__main__":

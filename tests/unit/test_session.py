@@ -368,7 +368,7 @@ def test_an_interrupt_and_then_a_snapshot_or_a_chat(engine: Engine, monkeypatch:
     s.prefill(random_ids(20, seed=0))
     early = s.snapshot()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model.layers[2], "mlp", lambda x: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(engine.model.layers[2], "mlp", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             s.step(1)
     late = s.snapshot()

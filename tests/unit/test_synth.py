@@ -15,9 +15,9 @@ import torch
 from qwenrun.engine.engine import Engine
 from qwenrun.errors import ModelError, UsageError
 from qwenrun.kernels.ops import decode
-from qwenrun.kernels.weight import Weight
 from qwenrun.measure.synth import Pool, main, popularity, random_weight, synth_config, synthesize, zoo_config
 from qwenrun.model.config import ModelConfig
+from qwenrun.model.moe import MoE
 from qwenrun.quant import formats
 from qwenrun.quant.packfile.reader import PackReader, verify
 from qwenrun.quant.recipe import Recipe
@@ -99,15 +99,15 @@ def shares(pack: Path, tokens: int = 200) -> list[float]:
     found = []
     with Engine.open(pack, ctx=256) as engine:
         for layer in engine.model.layers:
-            router = layer.mlp._router  # type: ignore[attr-defined]
+            assert isinstance(layer.mlp, MoE)
+            routed, experts = layer.mlp.routed, layer.mlp.router.rows
 
-            def watch(x: torch.Tensor, gate: Weight, k: int, router: Any = router) -> Any:
-                index, weight = router(x, gate, k)
-                counts = index.flatten().bincount(minlength=gate.rows).sort(descending=True).values
-                found.append(counts[: gate.rows // 4].sum().item() / index.numel())
-                return index, weight
+            def watch(x: Any, index: Any, *rest: Any, routed: Any = routed, experts: int = experts) -> Any:
+                counts = index.flatten().bincount(minlength=experts).sort(descending=True).values
+                found.append(counts[: experts // 4].sum().item() / index.numel())
+                return routed(x, index, *rest)
 
-            layer.mlp._router = watch  # type: ignore[attr-defined]
+            layer.mlp.routed = watch
         generator = torch.Generator().manual_seed(0)
         engine.session().prefill(torch.randint(0, 640, (tokens,), generator=generator).tolist())
     return found
