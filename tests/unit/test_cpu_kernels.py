@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,3 +252,42 @@ def test_many_kinds_of_matrices_read_one_token() -> None:
     x = torch.randn(1, 256)
     for w, y in zip(weights, cpu.linears(weights)(x), strict=True):
         assert torch.equal(y, cpu.linear(x, w))
+
+
+PRODUCTS = """
+import hashlib, torch
+from qwenrun.kernels import cpu, ref
+from qwenrun.kernels.cases import SPECS
+torch.manual_seed(5)
+digest = hashlib.sha256()
+for name, spec in SPECS.items():
+    if spec.tile:
+        w = ref.encode(torch.randn(128, 256), spec, tensor_scales=2)
+        for tokens in (1, 2, 3, 4, 7):
+            x = torch.randn(tokens, 256)
+            x[0, :64] = 0
+            y = cpu.linear(x, w)
+            assert (y - ref.linear(x, w)).norm() < 1.5e-2 * y.norm(), name
+            digest.update(y.numpy().tobytes())
+            digest.update(cpu.swiglu(w, w, ref.encode(torch.randn(256, 128), spec))(x).numpy().tobytes())
+print(cpu.library().qwenrun_cpu_tiles().decode(), digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its other half is AVX2")
+def test_avx512_gives_the_bits_of_avx2(tmp_path: Path) -> None:
+    """The file for AVX-512 with VNNI, compiled with plain code in the place of its instructions, so that it is run
+    where they are not: sums of integers are exact, and the rest is in the same order."""
+    source, header = Path(cpu.__file__).parent / "csrc", Path(__file__).parent / "emulated" / "avx512.h"
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{source}"]
+    library = tmp_path / "emulated.so"
+    command += [f'-DQWENRUN_EMULATED="{header}"', str(source / "tiles_avx512.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    said = {}
+    for name, env in {"avx512-vnni": {"LD_PRELOAD": str(library)}, "avx2": {"QWENRUN_CPU": "avx2"}}.items():
+        run = [sys.executable, "-c", PRODUCTS]
+        out = subprocess.run(run, env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout.split()
+        assert out[0] == name
+        said[name] = out[1]
+    assert said["avx512-vnni"] == said["avx2"]

@@ -1,4 +1,5 @@
 // Tiles with AVX-512 and VNNI: 16 rows are one vector, and products of bytes are summed in 32 bits at once.
+// QWENRUN_EMULATED: a header that puts plain code in the place of those instructions, for a test without them.
 #include <cstdint>
 #include <cstring>
 
@@ -6,7 +7,10 @@
 
 #if defined(__x86_64__)
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
-#if defined(__clang__)
+#if defined(QWENRUN_EMULATED)
+#pragma GCC target("avx2,fma,f16c")
+#include QWENRUN_EMULATED
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target(AVX512))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
@@ -77,15 +81,19 @@ const Tiles table = {"avx512-vnni", round_row, times<Avx512>, silu_times};
 
 }  // namespace
 
-#if defined(__clang__)
+#if defined(__clang__) && !defined(QWENRUN_EMULATED)
 #pragma clang attribute pop
 #endif
 
 const Tiles *tiles_avx512() {
+#if defined(QWENRUN_EMULATED)
+    return &table;
+#else
     static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512vnni");
     return has ? &table : nullptr;
+#endif
 }
 #else
 const Tiles *tiles_avx512() { return nullptr; }
