@@ -1,8 +1,9 @@
 """The CPU backend: products with encoded matrices in C++, behind a plain C interface loaded with ctypes.
 
 int4, int8 and NVFP4 weights are multiplied with activations rounded to int8 block by block (8 bits a value, a scale
-a block), bf16 weights with float32 activations. There are `linear`, `experts` and `router`; the reference serves
-the rest. Without the library (no compiler when it was installed) the backend refuses, and the reference serves all.
+a block), bf16 weights with float32 activations. What a layer has beside products is here too; the reference serves
+what is not. Without the library (no compiler when it was installed) the backend refuses, and the reference serves all.
+QWENRUN_CPU=avx2 keeps to AVX2 on a machine that has more.
 """
 
 from __future__ import annotations
@@ -126,7 +127,16 @@ def _refuses(op: str, spec: BlockSpec | None) -> str:
     return ""
 
 
-BACKEND = Backend("cpu", priority=10, devices=("cpu",), refuses=_refuses, rounds=("int4", "int8", "e2m1"))
+def _detail() -> str:
+    lib = library()
+    if isinstance(lib, str) or not lib.qwenrun_cpu_avx2():
+        return ""
+    return f"{lib.qwenrun_cpu_tiles().decode()}, {lib.qwenrun_cpu_threads()} threads"
+
+
+BACKEND = Backend(
+    "cpu", priority=10, devices=("cpu",), refuses=_refuses, rounds=("int4", "int8", "e2m1"), detail=_detail
+)
 
 
 def _matrix(w: Weight) -> _Matrix:

@@ -85,7 +85,7 @@ def diagnose() -> dict[str, Any]:
     """Everything `qwenrun doctor` tells: the machine, the libraries, and the backend of every op (on int4 weights)."""
     import torch
 
-    from qwenrun.kernels.dispatch import explain
+    from qwenrun.kernels.dispatch import backends, explain
     from qwenrun.kernels.spec import BlockSpec
 
     here = machine()
@@ -102,6 +102,7 @@ def diagnose() -> dict[str, Any]:
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "libraries": {name: _version(name) for name in ("torch", "safetensors", "tokenizers", "numpy", "triton")},
+        "kernels": {name: detail for name, found in backends().items() if (detail := found.BACKEND.detail())},
         "backends": explain(OPS, spec=BlockSpec("int4", 128, "f16")),
     }
 

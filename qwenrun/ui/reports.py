@@ -119,6 +119,7 @@ def doctor_report(found: Mapping[str, Any], *, as_json: bool) -> None:
                 ("disk", f"{_size(found['free_disk_bytes'])} free here"),
                 ("gpu", ", ".join(found["gpus"]) or "none"),
                 ("libraries", libraries),
+                ("kernels", "; ".join(f"{name}: {detail}" for name, detail in found["kernels"].items()) or "none"),
             ]
         )
     )

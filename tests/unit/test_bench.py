@@ -14,6 +14,7 @@ from qwenrun.demo.dataset import pairs
 from qwenrun.engine.events import Done, Event, ExpertUse, Token
 from qwenrun.engine.sampler import SamplingParams
 from qwenrun.errors import UsageError
+from qwenrun.kernels.dispatch import refusal
 from qwenrun.measure import bandwidth, quality
 from qwenrun.measure import bench as bench_module
 from qwenrun.measure.bench import BenchResult, Speed, bench
@@ -190,6 +191,8 @@ def test_diagnosis_names_a_backend_for_every_op(capsys: pytest.CaptureFixture[st
     assert {row["op"] for row in found["backends"]} >= {"linear", "experts", "attention", "delta_rule"}
     assert all(row["backend"] for row in found["backends"])
     assert found["libraries"]["torch"]
+    if not refusal("cpu", "rms_norm", "cpu", None):
+        assert found["kernels"]["cpu"].startswith(("avx2", "avx512-vnni"))
     reports.doctor_report(found, as_json=False)
     assert "delta_rule" in capsys.readouterr().out
 
