@@ -20,7 +20,7 @@ DEMO_MODEL := qwenrun/demo/model
 DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model demo-eval test lint type fmt bench bench-budget bench-peer sanitize synth docs wheel clean
+.PHONY: help setup demo demo-model demo-eval test lint type fmt bench bench-budget bench-peer gpu-aot sanitize synth docs wheel clean
 
 # What `make synth` writes, and where; what the budget and peer benchmarks run on.
 MODEL ?= 122b
@@ -126,12 +126,15 @@ sanitize: setup ## the CPU kernels' tests under AddressSanitizer and UBSan, then
 	  LD_PRELOAD=$$($(CXX) -print-file-name=$$runtime) ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=$(TSAN) \
 	    QWENRUN_CPU_LIBRARY=build/_kernels-sanitized.so QWENRUN_THREADS=4 OMP_NUM_THREADS=1 \
 	    $(BIN)/pytest -q -p no:cacheprovider tests/unit/test_ops.py tests/unit/test_cpu_kernels.py \
-	    -k "cpu and not fork and not without_the_library and not number_of_threads"; \
+	    -k "cpu and not fork and not without_the_library and not number_of_threads and not avx512"; \
 	done
 
 bench-peer: setup $(PEER_VENV)/bin/python ## beside llama.cpp in the same memory (root, cgroup v1, 8 GB of disk): LIMIT=
 	$(BIN)/python -m qwenrun.measure.peer make $(BENCH)/peer
 	$(BIN)/python -m qwenrun.measure.peer run $(BENCH)/peer --python $(PEER_VENV)/bin/python --limit $(LIMIT) $(ARGS)
+
+gpu-aot: setup ## compile every kernel for sm_80 to sm_120 without a card, and write docs/kernels.md
+	$(BIN)/python -m qwenrun.kernels.gpu.aot --page docs/kernels.md $(ARGS)
 
 docs: setup ## write the generated pages (docs/cli.md, docs/ops.md)
 	$(BIN)/python docs/generate.py

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before anything imports Triton: kernels for cards are interpreted, on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -5,14 +5,25 @@ It is the oracle the other backends are held to, and what runs where none of the
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
+from qwenrun.kernels import composed
 from qwenrun.kernels.dispatch import Backend
 from qwenrun.kernels.ref.attention import apply_rope, attention, rope_tables
 from qwenrun.kernels.ref.codec import decode, encode
-from qwenrun.kernels.ref.delta import conv, delta_net, delta_rule
-from qwenrun.kernels.ref.linear import embedding, experts, linear, linears, moe_entry, router, swiglu
+from qwenrun.kernels.ref.delta import conv, delta_rule
+from qwenrun.kernels.ref.linear import embedding, experts, linear
 from qwenrun.kernels.ref.norms import gated_rms_norm, rms_norm
 
 BACKEND = Backend("ref", priority=0, devices=(), refuses=lambda op, spec: "")
+
+_OWN = sys.modules[__name__]
+router = partial(composed.router, _OWN)
+linears = partial(composed.linears, _OWN)
+swiglu = partial(composed.swiglu, _OWN)
+moe_entry = partial(composed.moe_entry, _OWN)
+delta_net = partial(composed.delta_net, _OWN)
 
 __all__ = [
     "BACKEND",

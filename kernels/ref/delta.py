@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwenrun.kernels.ref.norms import gated_rms_norm
-
 CHUNK = 64
 L2_EPS = 1e-6
 
@@ -19,29 +17,6 @@ def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     out = window.float().unfold(0, taps.shape[1], 1).mul(taps).sum(-1)
     state.copy_(window[window.shape[0] - state.shape[0] :])
     return F.silu(out).to(u.dtype)
-
-
-def delta_net(
-    qkv: Tensor,
-    z: Tensor,
-    b: Tensor,
-    a: Tensor,
-    conv_weight: Tensor,
-    conv_state: Tensor,
-    decay: Tensor,
-    dt_bias: Tensor,
-    norm: Tensor,
-    eps: float,
-    state: Tensor,
-) -> Tensor:
-    """See `qwenrun.kernels.ops.delta_net`."""
-    (value_heads, dk, dv), tokens = state.shape, qkv.shape[0]
-    values = value_heads * dv
-    keys = (qkv.shape[1] - values) // 2
-    q, k, v = conv(qkv, conv_weight, conv_state).split([keys, keys, values], dim=1)
-    g = decay * F.softplus(a + dt_bias)
-    out = delta_rule(q.view(tokens, -1, dk), k.view(tokens, -1, dk), v.view(tokens, -1, dv), g, torch.sigmoid(b), state)
-    return gated_rms_norm(out, norm, z.view(tokens, -1, dv), eps).reshape(tokens, -1)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -218,9 +218,15 @@ def test_random_cases() -> None:
         w = ref.encode(torch.randn(rows, cols) * 10 ** pick.uniform(-3, 2), spec)
         x = torch.randn(tokens, cols) * 10 ** pick.uniform(-3, 3)
         y, want = cpu.linear(x, w), exact(x, w)
-        # Few products may cancel: the error is measured against what they would sum to at random.
+        # Few products may cancel: the error is measured against what they would sum to at random. Of few results one
+        # may be unlucky: each is held to what rounding can do at worst, half a step of its block for every product.
         size = (x.double().square() @ ref.decode(w).double().square().T).sum().sqrt().item()
-        assert (y.double() - want).norm().item() <= bound(name) * size, (name, tokens, rows, cols, seed)
+        most = x.abs().unflatten(1, (-1, spec.block or 1)).amax(2, keepdim=True) / 254
+        step = most.expand(-1, -1, spec.block or 1).flatten(1).double()
+        worst = step @ ref.decode(w).double().abs().T * 1.01 + 1e-6 * size
+        off = (y.double() - want).abs()
+        fair = (off <= worst).all() if y.numel() < 64 else off.norm() <= bound(name) * size
+        assert fair, (name, tokens, rows, cols, seed)
         alone = pick.randrange(tokens)
         assert torch.equal(cpu.linear(x[alone : alone + 1], w)[0], y[alone]), (name, tokens, rows, cols, seed)
 

@@ -1,0 +1,125 @@
+"""The backend for NVIDIA cards: Triton kernels that read weights as a pack stores them.
+
+Triton itself is imported at the first call. With TRITON_INTERPRET=1 the kernels are interpreted on the CPU, for tests:
+nothing chooses them there unless it is told to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache, partial
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qwenrun.kernels import composed, ref
+from qwenrun.kernels.dispatch import Backend
+from qwenrun.kernels.spec import BlockSpec
+from qwenrun.kernels.weight import Weight
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_PLAIN = ("bf16", "f32")
+
+
+@cache
+def _no_card() -> str:
+    if find_spec("triton") is None:
+        return "needs triton: pip install triton"
+    if not INTERPRETED and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
+        return "needs an NVIDIA card of compute capability 8.0 or newer"
+    return ""
+
+
+def _refuses(op: str, spec: BlockSpec | None) -> str:
+    if why := _no_card():
+        return why
+    if spec is None:
+        return ""
+    if op == "experts":
+        return "" if spec.tile else f"has no experts but tiled ones, and {spec.codes} is stored row by row"
+    if op != "linear":
+        return ""
+    if spec.tile or spec.codes in _PLAIN or (spec.codes == "int8" and spec.scale == "f16"):
+        return ""
+    return f"has no {op} for {spec.codes} row by row"
+
+
+BACKEND = Backend(
+    "gpu",
+    priority=-1 if INTERPRETED else 20,
+    devices=("cpu",) if INTERPRETED else ("cuda",),
+    refuses=_refuses,
+)
+
+
+@cache
+def _launch() -> ModuleType:
+    from qwenrun.kernels.gpu import launch
+
+    return launch
+
+
+def linear(x: Tensor, w: Weight) -> Tensor:
+    """See `qwenrun.kernels.ops.linear`. A matrix of a layer that it has no kernel for is the reference's."""
+    if _refuses("linear", w.spec):
+        return ref.linear(x, w)
+    return _launch().product(x, w).to(x.dtype)
+
+
+def experts(
+    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None = None
+) -> Tensor:
+    """See `qwenrun.kernels.ops.experts`."""
+    return _launch().experts(x, gate_up, down, index, weight, base).to(x.dtype)
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6, zero_centred: bool = True) -> Tensor:
+    """See `qwenrun.kernels.ops.rms_norm`."""
+    return _launch().rms_norm(x, w, eps, zero_centred).to(x.dtype)
+
+
+def gated_rms_norm(o: Tensor, w: Tensor, z: Tensor, eps: float = 1e-6) -> Tensor:
+    """See `qwenrun.kernels.ops.gated_rms_norm`."""
+    return _launch().gated_rms_norm(o, w, z, eps).to(o.dtype)
+
+
+def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -> Tensor:
+    """See `qwenrun.kernels.ops.attention`. What it has no kernel for is the reference's."""
+    launch, arrays = _launch(), (k, v)
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
+    if isinstance(k, Weight) and isinstance(v, Weight):
+        arrays, scales = (k.codes, v.codes), (k.scales, v.scales)
+        served = k.spec == v.spec and k.spec.codes == "int8" and k.spec.scale == "f16" and k.spec.block == k.cols
+    else:
+        served = True
+    keys, values = arrays
+    assert isinstance(keys, Tensor)
+    assert isinstance(values, Tensor)
+    size = q.shape[-1]
+    whole = all(a is None or a.is_contiguous() for a in (keys, values, *scales))
+    if not served or not whole or size not in launch.HEAD_SIZES or values.shape[-1] != size:
+        return ref.attention(q, k, v, scale)
+    return launch.attention(q, keys, values, *scales, scale).to(q.dtype)
+
+
+def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.conv`."""
+    return _launch().conv(u, weight, state).to(u.dtype)
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.delta_rule`."""
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        return ref.delta_rule(q, k, v, g, beta, state)
+    return _launch().delta_rule(q.float(), k.float(), v.float(), g.float(), beta.float(), state).to(v.dtype)
+
+
+_OWN = sys.modules[__name__]
+router = partial(composed.router, _OWN)
+linears = partial(composed.linears, _OWN)
+swiglu = partial(composed.swiglu, _OWN)
+moe_entry = partial(composed.moe_entry, _OWN)
+delta_net = partial(composed.delta_net, _OWN)

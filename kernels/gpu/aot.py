@@ -1,0 +1,279 @@
+"""Compiles every kernel for every card ahead of time, and reads what the compiler made of it. No card is needed.
+
+    python -m qwenrun.kernels.gpu.aot [--json] [--page docs/kernels.md] [--only NAME]
+
+Registers, memory and instructions come from the cubins, by the tools inside the triton wheel. They show what can't be
+fast (spills, narrow loads, no tensor cores); they say nothing of how fast the rest is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TARGETS = (80, 89, 90, 100, 120)
+# Bytes of shared memory a block may use (CUDA C programming guide, table of compute capabilities).
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
+STAGES = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel at the sizes it is launched with: the types of its arguments, and its constants by name.
+
+    A type among the constants is named as Triton's language names types. products: it has to use tensor cores.
+    """
+
+    name: str
+    kernel: str
+    types: tuple[str, ...]
+    constants: Mapping[str, int | bool | str] = field(default_factory=dict)
+    products: bool = False
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one variant became for one card. shared, spills in bytes; loads by their width in bits."""
+
+    name: str
+    target: int
+    registers: int
+    shared: int
+    spills: int
+    instructions: int
+    tensor_cores: dict[str, int]
+    loads: dict[str, int]
+
+    @property
+    def trouble(self) -> str:
+        """Why it must not be launched, or ""."""
+        if self.spills:
+            return f"spills {self.spills} bytes"
+        if self.shared > SHARED[self.target]:
+            return f"needs {self.shared} bytes of shared memory, the card has {SHARED[self.target]}"
+        return ""
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel in every form that the packs' recipes have."""
+    from qwenrun.kernels.gpu import launch
+
+    forms = {
+        "int4-g128": {"KIND": 0, "SCALE": 0, "ZERO": False, "TENSOR": 0, "BLOCK": 128},
+        "int4-g32": {"KIND": 0, "SCALE": 0, "ZERO": False, "TENSOR": 0, "BLOCK": 32},
+        "int4-g128-zero": {"KIND": 0, "SCALE": 0, "ZERO": True, "TENSOR": 0, "BLOCK": 128},
+        "nvfp4": {"KIND": 2, "SCALE": 1, "ZERO": False, "TENSOR": 2, "BLOCK": 16},
+        "mxfp4": {"KIND": 2, "SCALE": 2, "ZERO": False, "TENSOR": 0, "BLOCK": 32},
+    }
+    for form, constants in forms.items():
+        parts = ("*i32", "*u16" if constants["SCALE"] == 0 else "*u8", "*u8" if constants["ZERO"] else "*i32")
+        scales = "*fp32" if constants["TENSOR"] else "*i32"
+        weights, steps = (*parts, scales), {**constants, "STEPS": launch.STEPS}
+        yield Variant(
+            f"gemv_tiled {form}", "matmul.gemv_tiled", ("*fp32", *weights, "*fp32", "i32", "i32", "i32"), steps
+        )
+        strides = ("i32",) * 3
+        yield Variant(
+            f"experts gate_up {form}",
+            "moe.gate_up_tiled",
+            ("*fp32", "*i64", *weights, "*fp32", "i32", "i32", *strides),
+            {"K_CHOSEN": 8, **steps},
+        )
+        yield Variant(
+            f"experts down {form}",
+            "moe.down_tiled",
+            ("*fp32", "*i64", "*fp32", *weights, "*fp32", "*fp32", "i32", "i32", *strides),
+            {"K_CHOSEN": 8, "HAS_BASE": True, **steps},
+        )
+        yield Variant(
+            f"gemm_tiled {form}",
+            "matmul.gemm_tiled",
+            ("*bf16", *weights, "*fp32", *["*i64"] * 5, "i32", "i32", *strides),
+            {**constants, "STEPS": launch.WORDS, "BM": launch.BM, "BN": launch.BN},
+            products=True,
+        )
+    for form, codes, scaled, block in (("int8-g128", "*i8", True, 128), ("bf16", "*bf16", False, 2048)):
+        scales = "*u16" if scaled else codes
+        constants = {"BLOCK": block, "SCALED": scaled}
+        yield Variant(
+            f"gemv_plain {form}",
+            "matmul.gemv_plain",
+            ("*fp32", codes, scales, "*fp32", "i32", "i32"),
+            {**constants, "BN": launch.PLAIN_ROWS, "BK": launch.PLAIN_COLS},
+        )
+        yield Variant(
+            f"gemm_plain {form}",
+            "matmul.gemm_plain",
+            ("*bf16", codes, scales, "*fp32", "i32", "i32", "i32"),
+            {**constants, "BM": launch.PLAIN_BM, "BN": launch.PLAIN_BN, "BK": launch.PLAIN_BK},
+            products=True,
+        )
+    floats = ("*fp32", "*fp32", "*fp32")
+    yield Variant(
+        "split_rows f32", "matmul.split_rows", (*floats, "fp32", "i32"),
+        {"HAS_NORM": True, "WORDS": True, "BLOCK": 1024},
+    )  # fmt: skip
+    yield Variant(
+        "split_rows bf16", "matmul.split_rows", ("*fp32", "*fp32", "*bf16", "fp32", "i32"),
+        {"HAS_NORM": False, "WORDS": True, "BLOCK": 1024},
+    )  # fmt: skip
+    yield Variant("add_shares", "matmul.add_shares", ("*fp32", "*fp32", "i32"), {"SHARES": 2, "BLOCK": 256})
+    yield Variant("silu_times", "moe.silu_times", ("*fp32", "*bf16", "i32"), {"WORDS": True, "BLOCK": 256})
+    yield Variant(
+        "weighted_sum", "moe.weighted_sum", (*floats, "*fp32", "i32"),
+        {"K_CHOSEN": 8, "HAS_BASE": True, "BLOCK": 256},
+    )  # fmt: skip
+    for rows, stored in (("bf16", "*bf16"), ("int8", "*i8")):
+        scales = "*u16" if rows == "int8" else "*fp32"
+        yield Variant(
+            f"attend_part {rows} D256 16:1",
+            "attend.attend_part",
+            ("*fp32", stored, stored, scales, scales, "*fp32", "*fp32", "fp32", *["i32"] * 4),
+            {
+                "SHARED": 16,
+                "INT8": rows == "int8",
+                "D": 256,
+                "OPERAND": "bfloat16",
+                "BM": launch.ATTEND_ROWS,
+                "BS": launch.ATTEND_KEYS,
+            },
+            products=True,
+            warps=launch.ATTEND_WARPS,
+        )
+    yield Variant("join_parts D256", "attend.join_parts", (*floats, "i32", "i32"), {"D": 256})
+    yield Variant("conv", "delta.conv", (*floats, "*fp32", "i32", "i32"), {"TAPS": 4, "BLOCK": 256})
+    yield Variant(
+        "delta_rule 128x128", "delta.delta_rule", ("*fp32",) * 7 + ("i32",) * 6 + ("fp32",),
+        {"DK": 128, "DV": 128, "KEYS": 128, "BV": launch.VALUES},
+    )  # fmt: skip
+    for gated in (False, True):
+        yield Variant(
+            "gated_rms_norm" if gated else "rms_norm", "norms.rms_norm", (*floats, "*fp32", "fp32", "fp32", "i32"),
+            {"GATED": gated, "BLOCK": 256 if gated else 1024},
+        )  # fmt: skip
+
+
+@cache
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def compile_variant(variant: Variant, target: int) -> Compiled:
+    """Compile for compute capability `target` / 10. Not in a process with TRITON_INTERPRET."""
+    from importlib import import_module
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = variant.kernel.split(".")
+    function: Any = getattr(import_module(f"qwenrun.kernels.gpu.{module}"), name)
+    types = iter(variant.types)
+    signature = {n: "constexpr" if n in variant.constants else next(types) for n in function.arg_names}
+    left = list(types)
+    assert not left, f"{variant.name}: {left} are no arguments"
+    # Torch's memory, and the sizes of this model's matrices, are multiples of 16.
+    whole = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    constants = {
+        (function.arg_names.index(n),): getattr(tl, value) if isinstance(value, str) else value
+        for n, value in variant.constants.items()
+    }
+    source = ASTSource(function, signature, constexprs=constants, attrs=whole)
+    options = {"num_warps": variant.warps, "num_stages": STAGES, "enable_fp_fusion": True}
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True)
+        code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True).stdout
+    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout))
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+    loads: dict[str, int] = {}
+    for line in lines:
+        if line.startswith(("LDG", "LDGSTS")):
+            width = next((w for w in ("128", "64") if f".{w}" in line), "32" if ".U" not in line else "8-16")
+            loads[width] = loads.get(width, 0) + 1
+    return Compiled(
+        variant.name,
+        target,
+        int(found["REG"]),
+        made.metadata.shared,
+        int(found["STACK"]) + int(found["LOCAL"]),
+        len(lines),
+        {core: count for core in TENSOR_CORES if (count := sum(line.split(".")[0] == core for line in lines))},
+        loads,
+    )
+
+
+def _compile(work: tuple[Variant, int]) -> Compiled:
+    return compile_variant(*work)
+
+
+def page(found: Sequence[Compiled]) -> str:
+    """docs/kernels.md."""
+    lines = [
+        "# Kernels for NVIDIA cards, as compiled",
+        "",
+        "Written by `make gpu-aot` from the cubins that Triton's compiler makes ahead of time, without a card, at the",
+        "sizes that are launched. Registers a thread; spills and shared memory in bytes; tensor-core instructions;",
+        "loads from memory by their width in bits. Nothing here is a speed.",
+        "",
+        "| kernel | target | registers | shared | spills | instructions | tensor cores | loads |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        cores = ", ".join(f"{count} {name}" for name, count in one.tensor_cores.items()) or "-"
+        loads = ", ".join(f"{count} x {width}" for width, count in sorted(one.loads.items(), reverse=True)) or "-"
+        lines.append(
+            f"| {one.name} | sm_{one.target} | {one.registers} | {one.shared:,} | {one.spills} | {one.instructions:,} "
+            f"| {cores} | {loads} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit code is 1 if a kernel must not be launched."""
+    parser = argparse.ArgumentParser("python -m qwenrun.kernels.gpu.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name has this in it")
+    options = parser.parse_args(arguments)
+    chosen = [v for v in variants() if options.only in v.name]
+    work = [(variant, target) for variant in chosen for target in TARGETS]
+    found = []
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for one in pool.map(_compile, work):
+            found.append(one)
+            print(f"{one.name} sm_{one.target}: {one.registers} registers {one.trouble}", file=sys.stderr)
+    wanted = {variant.name for variant in chosen if variant.products}
+    bad = [one for one in found if one.trouble or (one.name in wanted and not one.tensor_cores)]
+    for one in bad:
+        print(f"{one.name} sm_{one.target}: {one.trouble or 'uses no tensor cores'}", file=sys.stderr)
+    if options.page:
+        options.page.write_text(page(found))
+    if options.json:
+        print(json.dumps({"schema": "qwenrun-gpu-aot/1", "kernels": [asdict(one) for one in found]}, indent=1))
+    else:
+        spills = sum(bool(one.spills) for one in found)
+        print(f"kernels={len(chosen)} targets={len(TARGETS)} spills={spills}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

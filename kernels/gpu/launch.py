@@ -1,0 +1,246 @@
+"""What starts the Triton kernels: grids, block sizes and memory, from torch tensors.
+
+Imported at the first call only: Triton takes long to import, and most machines that run this have no use for it.
+Under Triton's interpreter (TRITON_INTERPRET=1) products are made of float32, whose arithmetic it has right, on a card
+of bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Products and sums may become one instruction: what Triton does unasked until 3.10, and warns of.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton.language as tl
+from torch import Tensor
+
+from qwenrun.kernels.gpu import attend, delta, matmul, moe, norms
+from qwenrun.kernels.weight import Weight
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPERAND = torch.float32 if INTERPRETED else torch.bfloat16
+OPERAND_TYPE = tl.float32 if INTERPRETED else tl.bfloat16
+
+KINDS = {"int4": 0, "int8": 1, "e2m1": 2}
+SCALES = {"f16": 0, "e4m3": 1, "e8m0": 2}
+# Words of a tile that a program of a product with one row has at a time, and the shares a long row is cut into.
+STEPS, SHARE = 32, 256
+# A block of a product with many rows; 16 words are the 128 columns of the commonest block.
+BM, BN, WORDS = 16, 64, 16
+PLAIN_ROWS, PLAIN_COLS = 8, 256
+PLAIN_BM, PLAIN_BN, PLAIN_BK = 16, 64, 64
+# Tokens whose experts are read token by token.
+FEW_TOKENS = 4
+
+
+def _parts(w: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes as words, scales as bits, zero points, tensor scales; for what there is none of, the codes."""
+    assert w.scales is not None
+    codes = w.codes.view(torch.int32)
+    scales = w.scales.view(torch.uint16) if w.scales.dtype == torch.float16 else w.scales
+    zeros = codes if w.zeros is None else w.zeros
+    return codes, scales, zeros, codes if w.tensor_scale is None else w.tensor_scale.contiguous()
+
+
+def _format(w: Weight) -> dict[str, int | bool]:
+    count = 0 if w.tensor_scale is None else w.tensor_scale.shape[-1]
+    return {
+        "KIND": KINDS[w.spec.codes],
+        "SCALE": SCALES[w.spec.scale],
+        "ZERO": w.spec.zero,
+        "TENSOR": count,
+        "BLOCK": w.spec.block,
+    }
+
+
+def _steps(parts: tuple[Tensor, ...]) -> list[int]:
+    """How far apart the matrices of a stack lie in codes, scales and zero points."""
+    return [part.stride(0) for part in parts[:3]]
+
+
+def split(x: Tensor, words: bool, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """x [T, K] in float32 as `matmul.split_rows` gives it."""
+    rows = x.float().contiguous()
+    out = torch.empty(rows.shape, dtype=dtype, device=x.device)
+    matmul.split_rows[(rows.shape[0],)](
+        rows, rows if norm is None else norm, out, eps, rows.shape[1], norm is not None, words, 1024
+    )
+    return out
+
+
+def product(x: Tensor, w: Weight) -> Tensor:
+    """x f32 [T, K] times w -> f32 [T, N]."""
+    tokens = x.shape[0]
+    if w.spec.tile:
+        return _one_row(x, w) if tokens == 1 else _many_rows(x, w)
+    out = torch.empty(tokens, w.rows, dtype=torch.float32, device=x.device)
+    scaled = w.scales is not None
+    scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
+    block = w.spec.block or w.cols
+    if tokens == 1:
+        rows = x.float().contiguous()
+        given = (rows, w.codes, scales, out, w.rows, w.cols, block, scaled)
+        matmul.gemv_plain[(-(-w.rows // PLAIN_ROWS),)](*given, PLAIN_ROWS, PLAIN_COLS)
+    else:
+        grid = (-(-tokens // PLAIN_BM), -(-w.rows // PLAIN_BN))
+        rows = x.to(OPERAND).contiguous()
+        sizes = (tokens, w.rows, w.cols, block, scaled, PLAIN_BM, PLAIN_BN, PLAIN_BK)
+        matmul.gemm_plain[grid](rows, w.codes, scales, out, *sizes)
+    return out
+
+
+def _one_row(x: Tensor, w: Weight) -> Tensor:
+    words = w.cols // 8
+    shares = -(-words // SHARE)
+    parts = torch.empty(shares, w.rows, dtype=torch.float32, device=x.device)
+    given = (split(x, True, torch.float32), *_parts(w), parts)
+    matmul.gemv_tiled[(w.rows // 16, shares)](*given, w.rows, w.cols, SHARE, **_format(w), STEPS=STEPS)
+    if shares == 1:
+        return parts
+    out = torch.empty(1, w.rows, dtype=torch.float32, device=x.device)
+    matmul.add_shares[(-(-w.rows // 256),)](parts, out, w.rows, shares, 256)
+    return out
+
+
+def _many_rows(x: Tensor, w: Weight) -> Tensor:
+    tokens = x.shape[0]
+    out = torch.empty(tokens, w.rows, dtype=torch.float32, device=x.device)
+    every = torch.arange(tokens, device=x.device)
+    first = torch.arange(0, tokens, BM, device=x.device)
+    matrix = torch.zeros_like(first)
+    _grouped(split(x, True, OPERAND), w, out, every, every, matrix, first, (first + BM).clamp(max=tokens), [0, 0, 0])
+    return out
+
+
+def _grouped(
+    x: Tensor, w: Weight, out: Tensor, sources: Tensor, order: Tensor, matrix: Tensor, first: Tensor, last: Tensor,
+    steps: list[int],
+) -> None:  # fmt: skip
+    grid = (first.shape[0], -(-w.rows // BN))
+    table = (sources, order, matrix, first, last, w.rows, w.cols, *steps)
+    matmul.gemm_tiled[grid](x, *_parts(w), out, *table, **_format(w), STEPS=WORDS, BM=BM, BN=BN)
+
+
+def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
+    """See `qwenrun.kernels.ops.experts`; both stacks are tiled."""
+    few = x.shape[0] <= FEW_TOKENS
+    return (_few_tokens if few else _many_tokens)(x, gate_up, down, index.contiguous(), weight.contiguous(), base)
+
+
+def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
+    (tokens, k), hidden, inner = index.shape, down.rows, down.cols
+    middle = torch.empty(tokens * k, inner, dtype=torch.float32, device=x.device)
+    first, second = _parts(gate_up), _parts(down)
+    moe.gate_up_tiled[(tokens * k, inner // 16)](
+        split(x, True, torch.float32), index, *first, middle, hidden, inner, k, *_steps(first), **_format(gate_up),
+        STEPS=STEPS,
+    )  # fmt: skip
+    out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
+    moe.down_tiled[(tokens, hidden // 16)](
+        middle, index, weight, *second, out if base is None else base.contiguous(), out, hidden, inner,
+        *_steps(second), k, base is not None, **_format(down), STEPS=STEPS,
+    )  # fmt: skip
+    return out
+
+
+def _many_tokens(
+    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None
+) -> Tensor:
+    (tokens, k), hidden, inner = index.shape, down.rows, down.cols
+    pairs, count, device = tokens * k, gate_up.codes.shape[0], x.device
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    sizes = torch.bincount(flat, minlength=count)
+    blocks = (sizes + BM - 1) // BM
+    ends = blocks.cumsum(0)
+    # As many as there can be at worst, so that nobody has to ask the card how many there are.
+    number = torch.arange(min(count, pairs) + pairs // BM, device=device)
+    matrix = torch.searchsorted(ends, number, right=True).clamp(max=count - 1)
+    starts = sizes.cumsum(0) - sizes
+    first = starts[matrix] + (number - (ends - blocks)[matrix]) * BM
+    last = torch.minimum(first + BM, starts[matrix] + sizes[matrix])
+    every = torch.arange(pairs, device=device)
+    both = torch.empty(pairs, 2 * inner, dtype=torch.float32, device=device)
+    table = (order, matrix, first, last)
+    _grouped(split(x, True, OPERAND), gate_up, both, every // k, *table, _steps(_parts(gate_up)))
+    middle = torch.empty(pairs, inner, dtype=OPERAND, device=device)
+    moe.silu_times[(pairs, -(-inner // 256))](both, middle, inner, True, 256)
+    rows = torch.empty(pairs, hidden, dtype=torch.float32, device=device)
+    _grouped(middle, down, rows, every, *table, _steps(_parts(down)))
+    out = torch.empty(tokens, hidden, dtype=torch.float32, device=device)
+    moe.weighted_sum[(tokens, -(-hidden // 256))](
+        rows, weight, out if base is None else base.contiguous(), out, hidden, k, base is not None, 256
+    )
+    return out
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float, zero_centred: bool) -> Tensor:
+    """See `qwenrun.kernels.ops.rms_norm`."""
+    rows, size = x.float().contiguous(), x.shape[-1]
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    shift = 1.0 if zero_centred else 0.0
+    norms.rms_norm[(rows.numel() // size,)](rows, w.float(), rows, out, shift, eps, size, False, 1024)
+    return out
+
+
+def gated_rms_norm(o: Tensor, w: Tensor, z: Tensor, eps: float) -> Tensor:
+    """See `qwenrun.kernels.ops.gated_rms_norm`."""
+    rows, gate, size = o.float().contiguous(), z.float().contiguous(), o.shape[-1]
+    out = torch.empty(o.shape, dtype=torch.float32, device=o.device)
+    norms.rms_norm[(rows.numel() // size,)](rows, w.float(), gate, out, 0.0, eps, size, True, 256)
+    return out
+
+
+# Positions of a split, at least, and programs that are enough to fill a card.
+SPLIT, PROGRAMS = 256, 256
+ATTEND_ROWS, ATTEND_KEYS, ATTEND_WARPS = 16, 32, 8
+HEAD_SIZES = (32, 64, 128, 256)
+VALUES = 16
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, scale: float
+) -> Tensor:
+    """q [T, Hq, D] over contiguous k, v [S, Hkv, D]; int8 ones with their float16 scales [S, Hkv]."""
+    (tokens, heads, size), (length, groups) = q.shape, k.shape[:2]
+    shared, rows = heads // groups, tokens * heads
+    blocks = -(-tokens * (heads // groups) // ATTEND_ROWS)
+    splits = max(1, min(-(-length // SPLIT), PROGRAMS // (blocks * groups)))
+    per_split = -(-length // splits)
+    parts = torch.empty(splits, rows, 2, dtype=torch.float32, device=q.device)
+    mixed = torch.empty(splits, rows, size, dtype=torch.float32, device=q.device)
+    given = q.float().contiguous()
+    scales = [given if s is None else s.view(torch.uint16) for s in (k_scales, v_scales)]
+    attend.attend_part[(blocks, groups, splits)](
+        given, k, v, *scales, parts, mixed, scale, tokens, length, per_split, groups, shared, k_scales is not None,
+        size, OPERAND_TYPE, ATTEND_ROWS, ATTEND_KEYS, num_warps=ATTEND_WARPS,
+    )  # fmt: skip
+    out = torch.empty(tokens, heads, size, dtype=torch.float32, device=q.device)
+    attend.join_parts[(rows,)](parts, mixed, out, rows, splits, size)
+    return out
+
+
+def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.conv`."""
+    rows, (channels, taps) = u.float().contiguous(), weight.shape
+    out = torch.empty(rows.shape, dtype=torch.float32, device=u.device)
+    delta.conv[(rows.shape[0], -(-channels // 256))](
+        rows, weight.float().contiguous(), state.contiguous(), out, rows.shape[0], channels, taps, 256
+    )
+    state.copy_(torch.cat([state, rows[1 - taps :]])[1 - taps :])
+    return out
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.delta_rule`; the state is contiguous float32."""
+    (tokens, key_heads, dk), (value_heads, dv) = q.shape, v.shape[1:]
+    rows = [x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v)]
+    out = torch.empty(tokens, value_heads, dv, dtype=torch.float32, device=q.device)
+    delta.delta_rule[(value_heads, -(-dv // VALUES))](
+        *rows, g.contiguous(), beta.contiguous(), state, out, tokens, *(x.stride(0) for x in rows), key_heads,
+        value_heads, dk**-0.5, dk, dv, 1 << (dk - 1).bit_length(), VALUES,
+    )  # fmt: skip
+    return out

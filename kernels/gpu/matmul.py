@@ -1,0 +1,206 @@
+"""Triton: products with encoded matrices, as a pack stores them.
+
+A tiled matrix is read as int32 words: word s of row r of a tile holds the columns 8s..8s+7, its bits 8j..8j+3 column
+8s+j and its bits 8j+4..8j+7 column 8s+4+j. A tile's words lie step after step, 16 rows each, so that what a program
+reads is one run of memory. Activations come split: those of the same place in all words lie together.
+
+Knows no torch; `launch` does.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qwenrun.kernels.gpu.decode import nibble, scale_of
+
+
+@triton.jit
+def split_rows(x, norm, out, eps, K, HAS_NORM: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """x f32 [T, K] -> out [T, 8, K / 8], or [T, K] without WORDS; with HAS_NORM its rms norm by 1 + norm first.
+
+    Programs: T.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    by = 1.0
+    if HAS_NORM:
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, K, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            v = tl.load(x + t * K + at, mask=at < K, other=0.0)
+            total += v * v
+        by = 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
+    for start in range(0, K, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        v = tl.load(x + t * K + at, mask=at < K, other=0.0) * by
+        if HAS_NORM:
+            v *= 1.0 + tl.load(norm + at, mask=at < K, other=0.0)
+        to = (at % 8) * (K // 8) + at // 8 if WORDS else at
+        tl.store(out + t * K + to, v.to(out.dtype.element_ty), mask=at < K)
+
+
+@triton.jit
+def zero_point(zeros, place, rows, mask):
+    """The zero points f32 of tiled rows: byte r % 8 of a block's 8 has row r's in its low half for r < 8."""
+    pair = tl.load(zeros + place * 8 + rows % 8, mask=mask, other=0).to(tl.int32)
+    return tl.where(rows < 8, pair & 15, pair >> 4).to(tl.float32)
+
+
+@triton.jit
+def tile_sums(x, codes, scales, zeros, tile, first, last, K, KIND: tl.constexpr, SCALE: tl.constexpr,
+              ZERO: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """f32 [16]: the rows of one tile times one split row x, over the words first..last-1."""
+    rows = tl.arange(0, 16)[None, :]
+    acc = tl.zeros([STEPS, 16], tl.float32)
+    for start in range(first, last, STEPS):
+        step = start + tl.arange(0, STEPS)
+        inside = step < last
+        mask = inside[:, None]
+        word = tl.load(codes + (tile * (K // 8) + step)[:, None] * 16 + rows, mask=mask, other=0)
+        place = (tile * (K // BLOCK) + step * 8 // BLOCK)[:, None]
+        by = scale_of(tl.load(scales + place * 16 + rows, mask=mask, other=0), SCALE)
+        sums = tl.zeros([STEPS, 16], tl.float32)
+        plain = tl.zeros([STEPS], tl.float32)
+        for j in tl.static_range(4):
+            a = tl.load(x + j * (K // 8) + step, mask=inside, other=0.0)
+            b = tl.load(x + (4 + j) * (K // 8) + step, mask=inside, other=0.0)
+            sums += nibble(word, 8 * j, KIND) * a[:, None]
+            sums += nibble(word, 8 * j + 4, KIND) * b[:, None]
+            plain += a + b
+        if KIND == 0:
+            if ZERO:
+                sums -= zero_point(zeros, place, rows, mask) * plain[:, None]
+            else:
+                sums -= 8.0 * plain[:, None]
+        acc += sums * by
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def tensor_scale_of(scales, row, N, COUNT: tl.constexpr):
+    """Of rows of a matrix with COUNT float32 scales of its own; 1 without any."""
+    if COUNT == 0:
+        return row.to(tl.float32) * 0.0 + 1.0
+    else:
+        return tl.load(scales + row * COUNT // N)
+
+
+@triton.jit
+def gemv_tiled(x, codes, scales, zeros, tensor_scales, out, N, K, SHARE, KIND: tl.constexpr, SCALE: tl.constexpr,
+               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """One split row x f32: out f32 [shares, N], the sums over each share of SHARE words. Programs: tiles, shares."""
+    tile, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = share * SHARE
+    last = tl.minimum(first + SHARE, K // 8)
+    sums = tile_sums(x, codes, scales, zeros, tile, first, last, K, KIND, SCALE, ZERO, BLOCK, STEPS)
+    row = tile * 16 + tl.arange(0, 16)
+    tl.store(out + share * N + row, sums * tensor_scale_of(tensor_scales, row, N, TENSOR))
+
+
+@triton.jit
+def add_shares(parts, out, N, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    """out f32 [N]: the sum of parts [SHARES, N], in order. Programs: blocks of N."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for share in tl.static_range(SHARES):
+        total += tl.load(parts + share * N + at, mask=at < N, other=0.0)
+    tl.store(out + at, total, mask=at < N)
+
+
+@triton.jit
+def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, block_matrix, block_first, block_last, N, K,
+               codes_step, scales_step, zeros_step, KIND: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+               TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr):  # fmt: skip
+    """Rows of activations, sorted by the matrix of a stack they are multiplied with: out f32 [rows, N].
+
+    x [*, 8, K / 8] split. Row p of the sorted ones is row sources[order[p]] of x and row order[p] of out. Program
+    (b, n): the rows block_first[b]..block_last[b]-1, at most BM, and BN rows of matrix block_matrix[b]; empty blocks
+    do nothing.
+    """
+    b, n = tl.program_id(0), tl.program_id(1)
+    first, last = tl.load(block_first + b), tl.load(block_last + b)
+    if first < last:
+        matrix = tl.load(block_matrix + b)
+        codes += matrix * codes_step
+        scales += matrix * scales_step
+        zeros += matrix * zeros_step
+        p = first + tl.arange(0, BM)
+        real = p < last
+        pair = tl.load(order + p, mask=real, other=0)
+        source = tl.load(sources + pair, mask=real, other=0)
+        row = n * BN + tl.arange(0, BN)
+        tile, lane = (row // 16).to(tl.int64)[None, :], (row % 16)[None, :]
+        there = (row < N)[None, :]
+        acc = tl.zeros([BM, BN], tl.float32)
+        for start in range(0, K // 8, STEPS):
+            step = start + tl.arange(0, STEPS)
+            inside = (step < K // 8)[:, None]
+            mask = inside & there
+            word = tl.load(codes + (tile * (K // 8) + step[:, None]) * 16 + lane, mask=mask, other=0)
+            if BLOCK == 8 * STEPS:
+                # One block's columns: products of integers, exact in bfloat16, and the scale on their sum.
+                place = tile * (K // BLOCK) + start // STEPS
+                less = zero_point(zeros, place, lane, there) if ZERO else 8.0
+                by = scale_of(tl.load(scales + place * 16 + lane, mask=there, other=0), SCALE)
+                part = tl.zeros([BM, BN], tl.float32)
+            else:
+                place = tile * (K // BLOCK) + (step * 8 // BLOCK)[:, None]
+                less = zero_point(zeros, place, lane, mask) if ZERO else 8.0
+                by = scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE)
+                part = acc
+            for j in tl.static_range(8):
+                value = nibble(word, 8 * j if j < 4 else 8 * (j - 4) + 4, KIND)
+                if KIND == 0:
+                    value -= less
+                if BLOCK != 8 * STEPS:
+                    value *= by
+                at = source[:, None] * K + j * (K // 8) + step[None, :]
+                rows = tl.load(x + at, mask=real[:, None] & (step < K // 8)[None, :], other=0.0)
+                part = tl.dot(rows, tl.where(mask, value, 0.0).to(x.dtype.element_ty), part)
+            if BLOCK == 8 * STEPS:
+                acc += part * by
+            else:
+                acc = part
+        if TENSOR > 0:
+            acc *= tl.load(tensor_scales + matrix * TENSOR + row * TENSOR // N, mask=row < N, other=0.0)[None, :]
+        tl.store(out + pair[:, None] * N + row[None, :], acc, mask=real[:, None] & there)
+
+
+@triton.jit
+def plain_block(codes, scales, row, at, mask, K, BLOCK: tl.constexpr, SCALED: tl.constexpr):
+    """Values f32 of rows side by side: stored numbers, or int8 codes with a float16 scale a block."""
+    value = tl.load(codes + row * K + at, mask=mask, other=0).to(tl.float32)
+    if SCALED:
+        value *= scale_of(tl.load(scales + row * (K // BLOCK) + at // BLOCK, mask=mask, other=0), 0)
+    return value
+
+
+@triton.jit
+def gemv_plain(x, codes, scales, out, N, K, BLOCK: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr):  # fmt: skip
+    """One row x f32 [K] times rows side by side: out f32 [N]. Programs: blocks of BN rows."""
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
+    acc = tl.zeros([BN, BK], tl.float32)
+    for start in range(0, K, BK):
+        at = start + tl.arange(0, BK)
+        mask = (row < N) & (at < K)[None, :]
+        value = plain_block(codes, scales, row, at[None, :], mask, K, BLOCK, SCALED)
+        acc += value * tl.load(x + at, mask=at < K, other=0.0)[None, :]
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    tl.store(out + n, tl.sum(acc, 1), mask=n < N)
+
+
+@triton.jit
+def gemm_plain(x, codes, scales, out, T, N, K, BLOCK: tl.constexpr, SCALED: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Rows x [T, K] times rows side by side: out f32 [T, N]. Programs: blocks of BM tokens, of BN rows."""
+    t = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    row = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, K, BK):
+        at = start + tl.arange(0, BK)
+        rows = tl.load(x + t * K + at[None, :], mask=(t < T) & (at < K)[None, :], other=0.0)
+        value = plain_block(codes, scales, row, at[:, None], (row < N) & (at < K)[:, None], K, BLOCK, SCALED)
+        acc = tl.dot(rows, value.to(x.dtype.element_ty), acc)
+    tl.store(out + t * N + row, acc, mask=(t < T) & (row < N))

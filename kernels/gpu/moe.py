@@ -1,0 +1,89 @@
+"""Triton: routed experts for a few tokens, read through the numbers of the slots they lie in.
+
+A prompt's many tokens go expert by expert through `matmul.gemm_tiled`. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qwenrun.kernels.gpu.matmul import tensor_scale_of, tile_sums
+
+
+@triton.jit
+def gate_up_tiled(x, index, codes, scales, zeros, tensor_scales, middle, H, INNER, K_CHOSEN: tl.constexpr, codes_step,
+                  scales_step, zeros_step, KIND: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+                  TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """silu(gate x) * up x of every pair of token and choice: middle f32 [pairs, 8, INNER / 8], split.
+
+    x f32 [T, 8, H / 8]; index int64 [T, k] says which matrix of the stack. Programs: pairs, tiles of INNER.
+    """
+    pair, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    matrix = tl.load(index + pair)
+    codes += matrix * codes_step
+    scales += matrix * scales_step
+    zeros += matrix * zeros_step
+    row = tile * 16 + tl.arange(0, 16)
+    x += pair // K_CHOSEN * H
+    gate = tile_sums(x, codes, scales, zeros, tile, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS)
+    other = tile + INNER // 16
+    up = tile_sums(x, codes, scales, zeros, other, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS)
+    gate *= tensor_scale_of(tensor_scales + matrix * TENSOR, row, 2 * INNER, TENSOR)
+    up *= tensor_scale_of(tensor_scales + matrix * TENSOR, row + INNER, 2 * INNER, TENSOR)
+    made = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(middle + pair * INNER + (row % 8) * (INNER // 8) + row // 8, made)
+
+
+@triton.jit
+def down_tiled(middle, index, weight, codes, scales, zeros, tensor_scales, base, out, H, INNER, codes_step, scales_step,
+               zeros_step, K_CHOSEN: tl.constexpr, HAS_BASE: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
+               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """out f32 [T, H]: the weighted results of a token's experts in the router's order, then base [T, H].
+
+    Programs: tokens, tiles of H.
+    """
+    t, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = tile * 16 + tl.arange(0, 16)
+    total = tl.zeros([16], tl.float32)
+    for j in range(K_CHOSEN):
+        pair = t * K_CHOSEN + j
+        matrix = tl.load(index + pair)
+        sums = tile_sums(middle + pair * INNER, codes + matrix * codes_step, scales + matrix * scales_step,
+                         zeros + matrix * zeros_step, tile, 0, INNER // 8, INNER, KIND, SCALE, ZERO, BLOCK,
+                         STEPS)  # fmt: skip
+        sums *= tensor_scale_of(tensor_scales + matrix * TENSOR, row, H, TENSOR)
+        total += sums * tl.load(weight + pair)
+    if HAS_BASE:
+        total += tl.load(base + t * H + row)
+    tl.store(out + t * H + row, total)
+
+
+@triton.jit
+def silu_times(both, middle, INNER, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """both f32 [rows, 2 INNER], gate then up -> middle [rows, 8, INNER / 8] silu(gate) * up, or [rows, INNER].
+
+    Programs: rows, blocks of INNER.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < INNER
+    gate = tl.load(both + r * 2 * INNER + at, mask=mask, other=0.0)
+    up = tl.load(both + r * 2 * INNER + INNER + at, mask=mask, other=0.0)
+    made = gate / (1.0 + tl.exp(-gate)) * up
+    to = (at % 8) * (INNER // 8) + at // 8 if WORDS else at
+    tl.store(middle + r * INNER + to, made.to(middle.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weighted_sum(rows, weight, base, out, H, K_CHOSEN: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr):
+    """out f32 [T, H]: rows [T, k, H] times weight [T, k], in order, then base. Programs: T, blocks of H."""
+    t = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in tl.static_range(K_CHOSEN):
+        part = tl.load(rows + (t * K_CHOSEN + j) * H + at, mask=at < H, other=0.0)
+        total += part * tl.load(weight + t * K_CHOSEN + j)
+    if HAS_BASE:
+        total += tl.load(base + t * H + at, mask=at < H, other=0.0)
+    tl.store(out + t * H + at, total, mask=at < H)

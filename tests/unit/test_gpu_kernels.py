@@ -1,0 +1,110 @@
+"""The kernels for cards where the table of cases does not reach: many tokens, long caches, stacks in slots, poison, and
+what the compiler makes of them. Interpreted on the CPU (conftest sets TRITON_INTERPRET)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwenrun.kernels import gpu, ref
+from qwenrun.kernels.cases import SPECS
+from qwenrun.kernels.dispatch import pick, refusal
+from qwenrun.kernels.spec import BlockSpec
+from qwenrun.kernels.weight import Weight
+
+WHY = refusal("gpu", "rms_norm", "cpu", None)
+pytestmark = pytest.mark.skipif(bool(WHY), reason=f"the GPU backend {WHY}")
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def test_nothing_interpreted_is_chosen() -> None:
+    for op in ("linear", "attention", "rms_norm"):
+        assert pick(op, "cpu", SPECS["int4-g128-tiled"]) is not getattr(gpu, op)
+
+
+@pytest.mark.parametrize("storage", ["int4-g128-tiled", "nvfp4-tiled"])
+def test_a_long_row_is_cut_into_shares(storage: str) -> None:
+    """More words than a share, and not a multiple of it."""
+    w = ref.encode(torch.randn(32, 128 * 21), SPECS[storage])
+    x = torch.randn(1, 128 * 21)
+    assert error(gpu.linear(x, w), ref.linear(x, w)) < 1e-5
+
+
+@pytest.mark.parametrize("storage", ["int4-g32-zero-tiled", "nvfp4-tiled"])
+def test_experts_in_slots_of_a_cache(storage: str) -> None:
+    """A stack whose records have other bytes between them; those must not be read: they are NaN."""
+    spec = SPECS.get(storage) or BlockSpec("int4", 32, "f16", zero=True, tile=True)
+    gate_up, down = ref.encode(torch.randn(5, 64, 64), spec), ref.encode(torch.randn(5, 64, 32), spec)
+    strided = []
+    for weight in (gate_up, down):
+        parts = {}
+        for name, tensor in weight.parts.items():
+            size = tensor[0].numel()
+            fill = float("nan") if tensor.dtype.is_floating_point else 127
+            record = torch.full((5, size + 64), fill, dtype=tensor.dtype)
+            record[:, 32 : 32 + size] = tensor.flatten(1)
+            parts[name] = record[:, 32 : 32 + size].unflatten(1, tensor.shape[1:])
+        strided.append(Weight.from_parts(weight.spec, weight.rows, weight.cols, parts))
+    for tokens in (1, 6):
+        x, weight, base = torch.randn(tokens, 64) / 8, torch.rand(tokens, 2), torch.randn(tokens, 64)
+        index = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
+        want = ref.experts(x, gate_up, down, index, weight, base)
+        assert error(gpu.experts(x, *strided, index, weight, base), want) < 1e-5
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 700), (3, 40), (33, 300)])
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_attention_of_stored_keys(tokens: int, length: int, form: str) -> None:
+    """Several splits, several blocks of queries, keys as a cache holds them."""
+    q = torch.randn(tokens, 8, 32)
+    k, v = (torch.randn(length, 2, 32) for _ in range(2))
+    if form == "int8":
+        spec = BlockSpec("int8", 32, "f16")
+        given = (ref.encode(k, spec), ref.encode(v, spec))
+    else:
+        given = (k.bfloat16(), v.bfloat16())
+    assert error(gpu.attention(q, *given, 0.2), ref.attention(q, *given, 0.2)) < 1e-5
+
+
+def test_the_delta_rule_continues_from_its_state() -> None:
+    q, k, v = torch.randn(9, 2, 16), torch.randn(9, 2, 16), torch.randn(9, 4, 24)
+    g, beta = -torch.rand(9, 4), torch.rand(9, 4)
+    state, want = torch.randn(4, 16, 24), None
+    want, parts = state.clone(), state.clone()
+    whole = ref.delta_rule(q, k, v, g, beta, want)
+    cut = [gpu.delta_rule(*(x[p] for x in (q, k, v, g, beta)), parts) for p in (slice(0, 4), slice(4, 9))]
+    assert error(torch.cat(cut), whole) < 1e-5
+    assert error(parts, want) < 1e-5
+
+
+def test_not_a_number_comes_through() -> None:
+    w = ref.encode(torch.randn(32, 128), SPECS["int4-g128-tiled"])
+    x = torch.randn(2, 128)
+    x[1, 5] = float("nan")
+    y = gpu.linear(x, w)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler's tools are in Triton's Linux wheels")
+@pytest.mark.parametrize("name", ["gemm_tiled nvfp4", "experts gate_up int4-g128", "attend_part int8"])
+def test_compiled_for_every_card(name: str) -> None:
+    """Ahead of time, without one: `make gpu-aot` does so with all kernels."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "qwenrun.kernels.gpu.aot", "--json", "--only", name]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    found = json.loads(run.stdout)["kernels"]
+    assert {one["target"] for one in found} == {80, 89, 90, 100, 120}
+    for one in found:
+        assert one["spills"] == 0
+        assert one["loads"].get("128", 0) > 0
+        assert bool(one["tensor_cores"]) == ("gate_up" not in name)
