@@ -14,13 +14,15 @@ export TOKENIZERS_PARALLELISM := false
 # Where there is no NVIDIA driver the CPU build of torch is enough, and gigabytes smaller. Triton is only
 # needed beside a card (and by later checks of the GPU kernels).
 TORCH_PIN := torch==2.13.0
+# What the kernels for cards were interpreted and compiled with. On a card torch brings its own.
+TRITON_PIN := triton==3.9.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 ARGS ?=
 DEMO_MODEL := qwenrun/demo/model
 DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model demo-eval test lint type fmt bench bench-budget bench-peer gpu-aot sanitize synth docs wheel clean
+.PHONY: help setup demo demo-model demo-eval test test-gpu lint type fmt bench bench-budget bench-peer gpu-aot sanitize synth docs wheel clean
 
 # What `make synth` writes, and where; what the budget and peer benchmarks run on.
 MODEL ?= 122b
@@ -49,6 +51,7 @@ $(STAMP): pyproject.toml Makefile setup.py $(wildcard kernels/cpu/csrc/*)
 	else \
 	  $(BIN)/pip install --quiet $(TORCH_PIN)+cpu --index-url $(CPU_INDEX) 2>/dev/null \
 	    || $(BIN)/pip install --quiet $(TORCH_PIN); \
+	  $(BIN)/pip install --quiet $(TRITON_PIN) || true; \
 	fi
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test,dev]'
 	@touch $@
@@ -132,6 +135,10 @@ sanitize: setup ## the CPU kernels' tests under AddressSanitizer and UBSan, then
 bench-peer: setup $(PEER_VENV)/bin/python ## beside llama.cpp in the same memory (root, cgroup v1, 8 GB of disk): LIMIT=
 	$(BIN)/python -m qwenrun.measure.peer make $(BENCH)/peer
 	$(BIN)/python -m qwenrun.measure.peer run $(BENCH)/peer --python $(PEER_VENV)/bin/python --limit $(LIMIT) $(ARGS)
+
+test-gpu: setup ## on a machine with an NVIDIA card: every kernel, the demo's logits, speeds, then the demo on the card
+	$(BIN)/qwenrun selftest --device cuda
+	$(BIN)/qwenrun bench --vram 4GiB
 
 gpu-aot: setup ## compile every kernel for sm_80 to sm_120 without a card, and write docs/kernels.md
 	$(BIN)/python -m qwenrun.kernels.gpu.aot --page docs/kernels.md $(ARGS)

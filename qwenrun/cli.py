@@ -427,6 +427,28 @@ def doctor(json: Json = False) -> None:
     doctor_report(diagnose(), as_json=json)
 
 
+@app.command(cls=Command)
+def selftest(
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="cpu|cuda", help="What to test.", show_default="the GPU, if there is one"),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that this machine computes what it should: every kernel, the demo model, the speed of products.
+
+    Exits with 1 if anything is off. What it prints belongs into a report of a bug.
+
+    Examples:
+        qwenrun selftest
+        qwenrun selftest --device cpu --json
+    """
+    from qwenrun.ui.reports import run_selftest
+
+    run_selftest(device, as_json=json, quiet=quiet)
+
+
 def cli_markdown() -> str:
     """docs/cli.md, from the declarations above."""
     from qwenrun.ui.cli_docs import markdown

@@ -1,4 +1,4 @@
-"""How measurements are shown: `bench`, `eval` and `doctor`, as text or as one JSON document.
+"""How measurements are shown: `bench`, `eval`, `doctor` and `selftest`, as text or as one JSON document.
 
 Also opens the model that is measured. Measures nothing.
 """
@@ -17,6 +17,7 @@ from qwenrun.ui.tables import fields, table
 
 if TYPE_CHECKING:
     from qwenrun.engine.engine import Engine
+    from qwenrun.measure.selftest import Selftest
 
 MISSES_SHOWN = 10
 
@@ -125,6 +126,64 @@ def doctor_report(found: Mapping[str, Any], *, as_json: bool) -> None:
     )
     rows = [(row["op"], row["backend"], row["refused"]) for row in found["backends"]]
     console.say("\n" + table(("op", "<backend", "<passed over"), rows, left=2))
+
+
+def run_selftest(device: str | None, *, as_json: bool, quiet: bool) -> None:
+    """Run `measure.selftest` and print what it found. Raises QwenrunError if anything is off."""
+    from qwenrun.errors import QwenrunError
+    from qwenrun.measure.selftest import selftest
+
+    with Progress("selftest", unit="cases", quiet=quiet) as progress:
+        found = selftest(device, progress)
+    if as_json:
+        console.document("selftest", 1, found.to_json())
+    else:
+        _say_selftest(found)
+    if not found.ok:
+        failed = len(found.failed)
+        logits = "" if found.logits_error <= found.logits_bound else "the demo model's logits are off"
+        cases = f"{failed} of {len(found.checked)} cases failed" if failed else ""
+        speeds = "a product could not be timed" if any(one.trouble for one in found.streamed) else ""
+        raise QwenrunError(
+            "; ".join(filter(None, [cases, logits, speeds])), "report it with this output and qwenrun doctor's"
+        )
+
+
+def _say_selftest(found: Selftest) -> None:
+    """Each op with its backends and worst error against its bound, then what failed, the logits, the speeds."""
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for one in found.checked:
+        rows.setdefault((one.case.split("-")[0], one.backend), []).append(one)
+    lines = []
+    for (op, backend), group in rows.items():
+        worst = max(group, key=lambda one: one.error / one.bound if one.error == one.error else float("inf"))
+        state = "ok" if all(one.ok for one in group) else "FAILED"
+        lines.append((op, backend, str(len(group)), f"{worst.error:.1e}", f"{worst.bound:.1e}", state))
+    console.say(table(("op", "<backend", "cases", "worst error", "allowed", "<"), lines, left=1))
+    for one in found.failed:
+        console.say(f"FAILED {one.case} on {one.backend}: {one.trouble or f'error {one.error:.2e}'}")
+    speeds = [
+        (one.storage, one.backend, f"{one.bytes_per_second / 1e9:.1f} GB/s", f"{one.share:.0%}")
+        for one in found.streamed
+    ]
+    console.say("\n" + table(("product, one row", "<backend", "weights", "of the bandwidth"), speeds, left=1))
+    for stream in found.streamed:
+        if stream.trouble:
+            console.say(f"FAILED {stream.storage} on {stream.backend}: {stream.trouble}")
+    logits = f"off by {found.logits_error:.1e} of the largest, {found.logits_bound:.0e} allowed"
+    gpus = ", ".join(found.machine["gpus"])
+    console.say(
+        "\n"
+        + fields(
+            [
+                ("device", f"{found.device}, {gpus if found.device == 'cuda' else found.machine['cpu']}"),
+                ("kernels", "; ".join(f"{k}: {v}" for k, v in found.machine["kernels"].items()) or "none"),
+                ("bandwidth", f"{found.read_bandwidth / 1e9:.1f} GB/s read"),
+                ("demo logits", found.logits_trouble or logits),
+                ("result", f"{'ok' if found.ok else 'FAILED'}, {found.seconds:.1f} s"),
+            ]
+        )
+    )
 
 
 def _size(nbytes: int | None) -> str:

@@ -799,7 +799,7 @@ def test_every_command_has_help_with_its_example_first(
     import typer
 
     names = list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-    assert names == ["quantize", "chat", "vram", "bench", "eval", "verify", "show", "doctor"]
+    assert names == ["quantize", "chat", "vram", "bench", "eval", "verify", "show", "doctor", "selftest"]
     for arguments in ([], ["--help"], *([name, "-h"] for name in names)):
         assert run_main(monkeypatch, *arguments) == 0
         lines = capsys.readouterr().out.splitlines()
