@@ -444,9 +444,13 @@ def selftest(
         qwenrun selftest
         qwenrun selftest --device cpu --json
     """
-    from qwenrun.ui.reports import run_selftest
+    from qwenrun.measure import selftest as worker
+    from qwenrun.ui.progress import Progress
+    from qwenrun.ui.reports import selftest_report
 
-    run_selftest(device, as_json=json, quiet=quiet)
+    with Progress("selftest", unit="cases", quiet=quiet) as progress:
+        found = worker.selftest(device, progress)
+    selftest_report(found, as_json=json)
 
 
 def cli_markdown() -> str:

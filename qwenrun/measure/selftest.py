@@ -17,9 +17,8 @@ from torch import Tensor
 
 from qwenrun.demo import data_dir, model_dir
 from qwenrun.errors import UsageError
-from qwenrun.kernels import ref
 from qwenrun.kernels.cases import FLOAT32, SPECS, Case, cases, inputs
-from qwenrun.kernels.dispatch import backends, explain, pick
+from qwenrun.kernels.dispatch import FALLBACK, backends, explain, pick
 from qwenrun.kernels.ops import FACTORIES, encode
 from qwenrun.kernels.weight import Weight
 from qwenrun.measure.bandwidth import read_bandwidth
@@ -166,7 +165,7 @@ def _checked(case: Case, device: str) -> Checked:
     if backend.devices == ("cuda",) and case.op in OPERANDS:
         bound = max(bound, OPERANDS_BOUND)
     given = list(inputs(case, torch.Generator().manual_seed(1)))
-    wanted = [t.double() for t in _results(getattr(ref, case.op), case, _to(given, "cpu"))]
+    wanted = [t.double() for t in _results(getattr(backends()[FALLBACK], case.op), case, _to(given, "cpu"))]
     try:
         found = [t.double().cpu() for t in _results(kernel, case, _to(given, device))]
     except Exception as error:  # whatever a driver or compiler raises is what this is to tell

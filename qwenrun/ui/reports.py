@@ -128,25 +128,22 @@ def doctor_report(found: Mapping[str, Any], *, as_json: bool) -> None:
     console.say("\n" + table(("op", "<backend", "<passed over"), rows, left=2))
 
 
-def run_selftest(device: str | None, *, as_json: bool, quiet: bool) -> None:
-    """Run `measure.selftest` and print what it found. Raises QwenrunError if anything is off."""
+def selftest_report(found: Selftest, *, as_json: bool) -> None:
+    """Print what `measure.selftest` found. Raises QwenrunError if anything is off."""
     from qwenrun.errors import QwenrunError
-    from qwenrun.measure.selftest import selftest
 
-    with Progress("selftest", unit="cases", quiet=quiet) as progress:
-        found = selftest(device, progress)
     if as_json:
         console.document("selftest", 1, found.to_json())
     else:
         _say_selftest(found)
     if not found.ok:
         failed = len(found.failed)
-        logits = "" if found.logits_error <= found.logits_bound else "the demo model's logits are off"
-        cases = f"{failed} of {len(found.checked)} cases failed" if failed else ""
-        speeds = "a product could not be timed" if any(one.trouble for one in found.streamed) else ""
-        raise QwenrunError(
-            "; ".join(filter(None, [cases, logits, speeds])), "report it with this output and qwenrun doctor's"
-        )
+        what = [
+            f"{failed} of {len(found.checked)} cases failed" if failed else "",
+            "" if found.logits_error <= found.logits_bound else "the demo model's logits are off",
+            "a product could not be timed" if any(one.trouble for one in found.streamed) else "",
+        ]
+        raise QwenrunError("; ".join(filter(None, what)), "report it with this output and qwenrun doctor's")
 
 
 def _say_selftest(found: Selftest) -> None:

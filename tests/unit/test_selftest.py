@@ -22,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    reports.run_selftest("cpu", as_json=True, quiet=True)
+    reports.selftest_report(selftest("cpu"), as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
     assert len(found["checked"]) == len(module.cases())
@@ -43,7 +43,7 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(package, "rms_norm", lambda x, *_: x * float("nan"))
     monkeypatch.setattr(package, "apply_rope", refuses)
     with pytest.raises(QwenrunError, match="cases failed"):
-        reports.run_selftest("cpu", as_json=False, quiet=True)
+        reports.selftest_report(selftest("cpu"), as_json=False)
     out = capsys.readouterr().out
     assert "no image for this card" in out
     failed = {line.split()[1].split("-")[0] for line in out.splitlines() if line.startswith("FAILED ")}
