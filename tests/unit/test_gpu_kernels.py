@@ -7,16 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from qwenrun.engine.engine import Engine
 from qwenrun.kernels import gpu, ref
 from qwenrun.kernels.cases import SPECS
 from qwenrun.kernels.dispatch import pick, refusal
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
+from qwenrun.measure.synth import synth_config, synthesize
+from qwenrun.quant.recipe import Recipe
 
 WHY = refusal("gpu", "rms_norm", "cpu", None)
 pytestmark = pytest.mark.skipif(bool(WHY), reason=f"the GPU backend {WHY}")
@@ -108,3 +112,24 @@ def test_compiled_for_every_card(name: str) -> None:
         assert one["spills"] == 0
         assert one["loads"].get("128", 0) > 0
         assert bool(one["tensor_cores"]) == ("gate_up" not in name)
+
+
+SMALL = {"hidden_size": 128, "vocab_size": 64, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+SMALL |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL |= {"num_experts_per_tok": 2, "full_attention_interval": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize("recipe", ["int4", "nvfp4"])
+def test_a_model_through_them(tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole pack, a prompt and a token more: experts sorted and one by one, DeltaNet, attention, the logits."""
+    raw = synth_config("35b", layers=2, experts=4, changes=SMALL)
+    path = synthesize(tmp_path / "pack", raw, Recipe.load(recipe), name="tiny").path
+    logits = {}
+    for backend in ("ref", "gpu"):
+        monkeypatch.setenv("QWENRUN_BACKEND", backend)
+        with Engine.open(path, ctx=32) as engine:
+            assert engine.config.layer_types == ("linear_attention", "full_attention")
+            session = engine.session()
+            logits[backend] = [session.prefill([5, 9, 60, 3, 17]), session.step(44)]
+    for got, want in zip(logits["gpu"], logits["ref"], strict=True):
+        assert error(got, want) < 1e-4
