@@ -1,7 +1,7 @@
 """Write the generated pages of docs/, or (--check) say which are out of date.
 
-docs/cli.md comes from the command line's own declarations, docs/ops.md from the table of op cases, so
-neither can drift from the program. Run by `make docs` and `make lint`.
+docs/cli.md comes from the command line's own declarations, docs/ops.md from the table of op cases, docs/roofline.md
+from the planner, so none can drift from the program. Run by `make docs` and `make lint`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from qwenrun.cli import cli_markdown
 from qwenrun.kernels.cases import ops_markdown
+from qwenrun.ui.roofline import roofline_markdown
 
 DOCS = Path(__file__).resolve().parent
-PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_markdown, "ops.md": ops_markdown}
+PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_markdown, "ops.md": ops_markdown, "roofline.md": roofline_markdown}
 
 
 def main() -> int:
