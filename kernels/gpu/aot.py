@@ -85,7 +85,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"gemv_tiled {form}", "matmul.gemv_tiled", ("*fp32", *weights, "*fp32", "i32", "i32", "i32"), steps
         )
-        strides = ("i32",) * 3
+        strides = ("i32",) * 4
         yield Variant(
             f"experts gate_up {form}",
             "moe.gate_up_tiled",

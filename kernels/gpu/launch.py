@@ -42,7 +42,7 @@ def _parts(w: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = w.codes.view(torch.int32)
     scales = w.scales.view(torch.uint16) if w.scales.dtype == torch.float16 else w.scales
     zeros = codes if w.zeros is None else w.zeros
-    return codes, scales, zeros, codes if w.tensor_scale is None else w.tensor_scale.contiguous()
+    return codes, scales, zeros, codes if w.tensor_scale is None else w.tensor_scale
 
 
 def _format(w: Weight) -> dict[str, int | bool]:
@@ -57,8 +57,8 @@ def _format(w: Weight) -> dict[str, int | bool]:
 
 
 def _steps(parts: tuple[Tensor, ...]) -> list[int]:
-    """How far apart the matrices of a stack lie in codes, scales and zero points."""
-    return [part.stride(0) for part in parts[:3]]
+    """How far apart the matrices of a stack lie, in each of its parts."""
+    return [part.stride(0) for part in parts]
 
 
 def split(x: Tensor, words: bool, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
@@ -111,7 +111,7 @@ def _many_rows(x: Tensor, w: Weight) -> Tensor:
     every = torch.arange(tokens, device=x.device)
     first = torch.arange(0, tokens, BM, device=x.device)
     matrix = torch.zeros_like(first)
-    _grouped(split(x, True, OPERAND), w, out, every, every, matrix, first, (first + BM).clamp(max=tokens), [0, 0, 0])
+    _grouped(split(x, True, OPERAND), w, out, every, every, matrix, first, (first + BM).clamp(max=tokens), [0, 0, 0, 0])
     return out
 
 
@@ -153,7 +153,7 @@ def _many_tokens(
     pairs, count, device = tokens * k, gate_up.codes.shape[0], x.device
     flat = index.flatten()
     order = flat.argsort(stable=True)
-    sizes = torch.bincount(flat, minlength=count)
+    sizes = torch.zeros(count, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
     blocks = (sizes + BM - 1) // BM
     ends = blocks.cumsum(0)
     # As many as there can be at worst, so that nobody has to ask the card how many there are.

@@ -109,8 +109,8 @@ def add_shares(parts, out, N, SHARES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, block_matrix, block_first, block_last, N, K,
-               codes_step, scales_step, zeros_step, KIND: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
-               TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, BM: tl.constexpr,
+               codes_step, scales_step, zeros_step, tensor_step, KIND: tl.constexpr, SCALE: tl.constexpr,
+               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr):  # fmt: skip
     """Rows of activations, sorted by the matrix of a stack they are multiplied with: out f32 [rows, N].
 
@@ -163,7 +163,8 @@ def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, bloc
             else:
                 acc = part
         if TENSOR > 0:
-            acc *= tl.load(tensor_scales + matrix * TENSOR + row * TENSOR // N, mask=row < N, other=0.0)[None, :]
+            own = tensor_scales + matrix * tensor_step + row * TENSOR // N
+            acc *= tl.load(own, mask=row < N, other=0.0)[None, :]
         tl.store(out + pair[:, None] * N + row[None, :], acc, mask=real[:, None] & there)
 
 

@@ -13,7 +13,7 @@ from qwenrun.kernels.gpu.matmul import tensor_scale_of, tile_sums
 
 @triton.jit
 def gate_up_tiled(x, index, codes, scales, zeros, tensor_scales, middle, H, INNER, K_CHOSEN: tl.constexpr, codes_step,
-                  scales_step, zeros_step, KIND: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+                  scales_step, zeros_step, tensor_step, KIND: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
                   TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
     """silu(gate x) * up x of every pair of token and choice: middle f32 [pairs, 8, INNER / 8], split.
 
@@ -29,16 +29,18 @@ def gate_up_tiled(x, index, codes, scales, zeros, tensor_scales, middle, H, INNE
     gate = tile_sums(x, codes, scales, zeros, tile, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS)
     other = tile + INNER // 16
     up = tile_sums(x, codes, scales, zeros, other, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS)
-    gate *= tensor_scale_of(tensor_scales + matrix * TENSOR, row, 2 * INNER, TENSOR)
-    up *= tensor_scale_of(tensor_scales + matrix * TENSOR, row + INNER, 2 * INNER, TENSOR)
+    tensor_scales += matrix * tensor_step
+    gate *= tensor_scale_of(tensor_scales, row, 2 * INNER, TENSOR)
+    up *= tensor_scale_of(tensor_scales, row + INNER, 2 * INNER, TENSOR)
     made = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(middle + pair * INNER + (row % 8) * (INNER // 8) + row // 8, made)
 
 
 @triton.jit
 def down_tiled(middle, index, weight, codes, scales, zeros, tensor_scales, base, out, H, INNER, codes_step, scales_step,
-               zeros_step, K_CHOSEN: tl.constexpr, HAS_BASE: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
-               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+               zeros_step, tensor_step, K_CHOSEN: tl.constexpr, HAS_BASE: tl.constexpr, KIND: tl.constexpr,
+               SCALE: tl.constexpr, ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+               STEPS: tl.constexpr):  # fmt: skip
     """out f32 [T, H]: the weighted results of a token's experts in the router's order, then base [T, H].
 
     Programs: tokens, tiles of H.
@@ -52,7 +54,7 @@ def down_tiled(middle, index, weight, codes, scales, zeros, tensor_scales, base,
         sums = tile_sums(middle + pair * INNER, codes + matrix * codes_step, scales + matrix * scales_step,
                          zeros + matrix * zeros_step, tile, 0, INNER // 8, INNER, KIND, SCALE, ZERO, BLOCK,
                          STEPS)  # fmt: skip
-        sums *= tensor_scale_of(tensor_scales + matrix * TENSOR, row, H, TENSOR)
+        sums *= tensor_scale_of(tensor_scales + matrix * tensor_step, row, H, TENSOR)
         total += sums * tl.load(weight + pair)
     if HAS_BASE:
         total += tl.load(base + t * H + row)
