@@ -122,16 +122,10 @@ def variants() -> Iterator[Variant]:
             products=True,
         )
     floats = ("*fp32", "*fp32", "*fp32")
-    yield Variant(
-        "split_rows f32", "matmul.split_rows", (*floats, "fp32", "i32"),
-        {"HAS_NORM": True, "WORDS": True, "BLOCK": 1024},
-    )  # fmt: skip
-    yield Variant(
-        "split_rows bf16", "matmul.split_rows", ("*fp32", "*fp32", "*bf16", "fp32", "i32"),
-        {"HAS_NORM": False, "WORDS": True, "BLOCK": 1024},
-    )  # fmt: skip
+    for operand in ("fp32", "bf16"):
+        yield Variant(f"split_rows {operand}", "matmul.split_rows", ("*fp32", f"*{operand}", "i32"), {"BLOCK": 1024})
     yield Variant("add_shares", "matmul.add_shares", ("*fp32", "*fp32", "i32"), {"SHARES": 2, "BLOCK": 256})
-    yield Variant("silu_times", "moe.silu_times", ("*fp32", "*bf16", "i32"), {"WORDS": True, "BLOCK": 256})
+    yield Variant("silu_times", "moe.silu_times", ("*fp32", "*bf16", "i32"), {"BLOCK": 256})
     yield Variant(
         "weighted_sum", "moe.weighted_sum", (*floats, "*fp32", "i32"),
         {"K_CHOSEN": 8, "HAS_BASE": True, "BLOCK": 256},

@@ -61,13 +61,11 @@ def _steps(parts: tuple[Tensor, ...]) -> list[int]:
     return [part.stride(0) for part in parts]
 
 
-def split(x: Tensor, words: bool, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    """x [T, K] in float32 as `matmul.split_rows` gives it."""
+def split(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [T, K] as `matmul.split_rows` gives it."""
     rows = x.float().contiguous()
     out = torch.empty(rows.shape, dtype=dtype, device=x.device)
-    matmul.split_rows[(rows.shape[0],)](
-        rows, rows if norm is None else norm, out, eps, rows.shape[1], norm is not None, words, 1024
-    )
+    matmul.split_rows[(rows.shape[0],)](rows, out, rows.shape[1], 1024)
     return out
 
 
@@ -96,7 +94,7 @@ def _one_row(x: Tensor, w: Weight) -> Tensor:
     words = w.cols // 8
     shares = -(-words // SHARE)
     parts = torch.empty(shares, w.rows, dtype=torch.float32, device=x.device)
-    given = (split(x, True, torch.float32), *_parts(w), parts)
+    given = (split(x, torch.float32), *_parts(w), parts)
     matmul.gemv_tiled[(w.rows // 16, shares)](*given, w.rows, w.cols, SHARE, **_format(w), STEPS=STEPS)
     if shares == 1:
         return parts
@@ -111,7 +109,7 @@ def _many_rows(x: Tensor, w: Weight) -> Tensor:
     every = torch.arange(tokens, device=x.device)
     first = torch.arange(0, tokens, BM, device=x.device)
     matrix = torch.zeros_like(first)
-    _grouped(split(x, True, OPERAND), w, out, every, every, matrix, first, (first + BM).clamp(max=tokens), [0, 0, 0, 0])
+    _grouped(split(x, OPERAND), w, out, every, every, matrix, first, (first + BM).clamp(max=tokens), [0, 0, 0, 0])
     return out
 
 
@@ -135,7 +133,7 @@ def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight:
     middle = torch.empty(tokens * k, inner, dtype=torch.float32, device=x.device)
     first, second = _parts(gate_up), _parts(down)
     moe.gate_up_tiled[(tokens * k, inner // 16)](
-        split(x, True, torch.float32), index, *first, middle, hidden, inner, k, *_steps(first), **_format(gate_up),
+        split(x, torch.float32), index, *first, middle, hidden, inner, k, *_steps(first), **_format(gate_up),
         STEPS=STEPS,
     )  # fmt: skip
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
@@ -165,9 +163,9 @@ def _many_tokens(
     every = torch.arange(pairs, device=device)
     both = torch.empty(pairs, 2 * inner, dtype=torch.float32, device=device)
     table = (order, matrix, first, last)
-    _grouped(split(x, True, OPERAND), gate_up, both, every // k, *table, _steps(_parts(gate_up)))
+    _grouped(split(x, OPERAND), gate_up, both, every // k, *table, _steps(_parts(gate_up)))
     middle = torch.empty(pairs, inner, dtype=OPERAND, device=device)
-    moe.silu_times[(pairs, -(-inner // 256))](both, middle, inner, True, 256)
+    moe.silu_times[(pairs, -(-inner // 256))](both, middle, inner, 256)
     rows = torch.empty(pairs, hidden, dtype=torch.float32, device=device)
     _grouped(middle, down, rows, every, *table, _steps(_parts(down)))
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=device)

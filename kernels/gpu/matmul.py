@@ -16,27 +16,13 @@ from qwenrun.kernels.gpu.decode import nibble, scale_of
 
 
 @triton.jit
-def split_rows(x, norm, out, eps, K, HAS_NORM: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """x f32 [T, K] -> out [T, 8, K / 8], or [T, K] without WORDS; with HAS_NORM its rms norm by 1 + norm first.
-
-    Programs: T.
-    """
+def split_rows(x, out, K, BLOCK: tl.constexpr):
+    """x f32 [T, K] -> out [T, 8, K / 8]. Programs: T."""
     t = tl.program_id(0).to(tl.int64)
-    by = 1.0
-    if HAS_NORM:
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, K, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            v = tl.load(x + t * K + at, mask=at < K, other=0.0)
-            total += v * v
-        by = 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
     for start in range(0, K, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        v = tl.load(x + t * K + at, mask=at < K, other=0.0) * by
-        if HAS_NORM:
-            v *= 1.0 + tl.load(norm + at, mask=at < K, other=0.0)
-        to = (at % 8) * (K // 8) + at // 8 if WORDS else at
-        tl.store(out + t * K + to, v.to(out.dtype.element_ty), mask=at < K)
+        v = tl.load(x + t * K + at, mask=at < K, other=0.0)
+        tl.store(out + t * K + (at % 8) * (K // 8) + at // 8, v.to(out.dtype.element_ty), mask=at < K)
 
 
 @triton.jit

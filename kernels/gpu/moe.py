@@ -62,8 +62,8 @@ def down_tiled(middle, index, weight, codes, scales, zeros, tensor_scales, base,
 
 
 @triton.jit
-def silu_times(both, middle, INNER, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """both f32 [rows, 2 INNER], gate then up -> middle [rows, 8, INNER / 8] silu(gate) * up, or [rows, INNER].
+def silu_times(both, middle, INNER, BLOCK: tl.constexpr):
+    """both f32 [rows, 2 INNER], gate then up -> middle [rows, 8, INNER / 8], split: silu(gate) * up.
 
     Programs: rows, blocks of INNER.
     """
@@ -73,7 +73,7 @@ def silu_times(both, middle, INNER, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     gate = tl.load(both + r * 2 * INNER + at, mask=mask, other=0.0)
     up = tl.load(both + r * 2 * INNER + INNER + at, mask=mask, other=0.0)
     made = gate / (1.0 + tl.exp(-gate)) * up
-    to = (at % 8) * (INNER // 8) + at // 8 if WORDS else at
+    to = (at % 8) * (INNER // 8) + at // 8
     tl.store(middle + r * INNER + to, made.to(middle.dtype.element_ty), mask=mask)
 
 
