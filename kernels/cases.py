@@ -129,6 +129,14 @@ def _all() -> Iterator[Case]:
     ):
         dims = {"T": tokens, "S": length, "Hq": heads, "Hkv": groups, "D": dim}
         yield Case("attention", dims, FLOAT32, 8 * length * groups * dim, 4 * tokens * length * heads * dim)
+    for place, length, heads, groups, dim in ((0, 70, 4, 2, 32), (600, 700, 3, 1, 64), (69, 70, 2, 2, 32)):
+        for kept in ("bf16", "f32"):
+            dims = {"S": length, "p": place, "Hq": heads, "Hkv": groups, "D": dim}
+            size = 2 * (place + 1) * groups * dim * (2 if kept == "bf16" else 4)
+            flops = 4 * (place + 1) * heads * dim
+            yield Case("decode_attention", dims, FLOAT32, size, flops, options={"kept": kept})
+    for size, count in ((3000, 1), (300, 20), (40, 64)):
+        yield Case("largest", {"V": size, "k": count}, FLOAT32, 4 * size, 0)
     for tokens, key_heads, value_heads in ((1, 2, 8), (5, 3, 3), (64, 2, 4), (150, 1, 4)):
         dims = {"T": tokens, "nk": key_heads, "nv": value_heads, "dk": 16, "dv": 24}
         state = value_heads * 16 * 24
@@ -195,6 +203,13 @@ def inputs(case: Case, generator: torch.Generator) -> tuple[Any, ...]:
     if case.op == "attention":
         key, value = (normal(d["S"], d["Hkv"], d["D"]) for _ in range(2))
         return normal(d["T"], d["Hq"], d["D"]), key, value, d["D"] ** -0.5
+    if case.op == "decode_attention":
+        q, k, v = normal(1, d["Hq"], d["D"]), normal(1, d["Hkv"], d["D"]), normal(1, d["Hkv"], d["D"])
+        kept = torch.bfloat16 if case.options["kept"] == "bf16" else torch.float32
+        keys, values = (normal(d["S"], d["Hkv"], d["D"]).to(kept) for _ in range(2))
+        return q, k, v, keys, values, torch.tensor([d["p"]]), d["D"] ** -0.5
+    if case.op == "largest":
+        return normal(d["V"]).mul(50).round(), d["k"]  # many equal ones
     if case.op == "delta_rule":
         q, k = (normal(d["T"], d["nk"], d["dk"]) for _ in range(2))
         decay = -torch.rand(d["T"], d["nv"], generator=generator).square() * 3

@@ -32,7 +32,9 @@ OPS = (
     "embedding",
     "experts",
     "router",
+    "largest",
     "attention",
+    "decode_attention",
     "rope_tables",
     "apply_rope",
     "delta_rule",
@@ -143,6 +145,14 @@ def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
     return pick("router", x.device.type)(x, gate, k)
 
 
+def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of x float32 [V] (all, if there are fewer): values float32 and places int64.
+
+    The largest comes first, of equal ones the lower place. What is no number counts as the largest.
+    """
+    return pick("largest", x.device.type)(x, count)
+
+
 def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -> Tensor:
     """Causal grouped-query attention over a cache: [T, Hq, D] in q's dtype, softmax in float32.
 
@@ -151,6 +161,18 @@ def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -
     h // (Hq / Hkv). Memory for scores is bounded, whatever S is.
     """
     return pick("attention", q.device.type)(q, k, v, scale)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | Weight, values: Tensor | Weight, place: Tensor, scale: float
+) -> Tensor:
+    """`attention` of one token whose place only the device knows: [1, Hq, D] in q's dtype.
+
+    k, v float32 [1, Hkv, D] are written to row `place` (int64 [1]) of the caches keys and values [ctx, Hkv, D],
+    bfloat16, float32 or stacks of int8 matrices as in `attention`, and q [1, Hq, D] attends to rows 0..place. What
+    rows behind hold plays no part. Nothing is asked of the host, so a graph may hold this call.
+    """
+    return pick("decode_attention", q.device.type)(q, k, v, keys, values, place, scale)
 
 
 def rope_tables(

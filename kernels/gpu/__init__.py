@@ -86,23 +86,66 @@ def gated_rms_norm(o: Tensor, w: Tensor, z: Tensor, eps: float = 1e-6) -> Tensor
     return _launch().gated_rms_norm(o, w, z, eps).to(o.dtype)
 
 
+def _served(
+    k: Tensor | Weight, v: Tensor | Weight, size: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None:
+    """Keys and values, and the scales of int8 ones, if the kernels can read them."""
+    if isinstance(k, Weight) and isinstance(v, Weight):
+        if k.spec != v.spec or k.spec.codes != "int8" or k.spec.scale != "f16" or k.spec.block != k.cols:
+            return None
+        arrays, scales = (k.codes, v.codes), (k.scales, v.scales)
+    else:
+        assert isinstance(k, Tensor)
+        assert isinstance(v, Tensor)
+        arrays, scales = (k, v), (None, None)
+    whole = all(a is None or a.is_contiguous() for a in (*arrays, *scales))
+    return (arrays, scales) if whole and size in _launch().HEAD_SIZES and arrays[1].shape[-1] == size else None
+
+
 def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -> Tensor:
     """See `qwenrun.kernels.ops.attention`. What it has no kernel for is the reference's."""
-    launch, arrays = _launch(), (k, v)
-    scales: tuple[Tensor | None, Tensor | None] = (None, None)
-    if isinstance(k, Weight) and isinstance(v, Weight):
-        arrays, scales = (k.codes, v.codes), (k.scales, v.scales)
-        served = k.spec == v.spec and k.spec.codes == "int8" and k.spec.scale == "f16" and k.spec.block == k.cols
-    else:
-        served = True
-    keys, values = arrays
-    assert isinstance(keys, Tensor)
-    assert isinstance(values, Tensor)
-    size = q.shape[-1]
-    whole = all(a is None or a.is_contiguous() for a in (keys, values, *scales))
-    if not served or not whole or size not in launch.HEAD_SIZES or values.shape[-1] != size:
+    served = _served(k, v, q.shape[-1])
+    if served is None:
         return ref.attention(q, k, v, scale)
-    return launch.attention(q, keys, values, *scales, scale).to(q.dtype)
+    arrays, scales = served
+    return _launch().attention(q, *arrays, *scales, scale).to(q.dtype)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | Weight, values: Tensor | Weight, place: Tensor, scale: float
+) -> Tensor:
+    """See `qwenrun.kernels.ops.decode_attention`. What it has no kernel for is the reference's."""
+    served = _served(keys, values, q.shape[-1])
+    if served is None:
+        return ref.decode_attention(q, k, v, keys, values, place, scale)
+    return _launch().decode_attention(q, (k, v), *served, place, scale).to(q.dtype)
+
+
+def rope_tables(
+    positions: Tensor,
+    theta: float,
+    rotary_dim: int,
+    mrope_section: tuple[int, ...] | None = None,
+    yarn: tuple[float, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `qwenrun.kernels.ops.rope_tables`."""
+    return _launch().rope_tables(positions, theta, rotary_dim, mrope_section, yarn)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.apply_rope`."""
+    return _launch().apply_rope(x, cos, sin).to(x.dtype)
+
+
+def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
+    """See `qwenrun.kernels.ops.router`."""
+    return _launch().choose(linear(x.float(), gate), k)
+
+
+def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """See `qwenrun.kernels.ops.largest`. Many of them are the reference's."""
+    launch = _launch()
+    return launch.largest(x, count) if count <= launch.SORTED // 2 else ref.largest(x, count)
 
 
 def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
@@ -118,7 +161,6 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
 
 
 _OWN = sys.modules[__name__]
-router = partial(composed.router, _OWN)
 linears = partial(composed.linears, _OWN)
 swiglu = partial(composed.swiglu, _OWN)
 moe_entry = partial(composed.moe_entry, _OWN)

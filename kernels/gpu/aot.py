@@ -131,23 +131,45 @@ def variants() -> Iterator[Variant]:
         {"K_CHOSEN": 8, "HAS_BASE": True, "BLOCK": 256},
     )  # fmt: skip
     for rows, stored in (("bf16", "*bf16"), ("int8", "*i8")):
-        scales = "*u16" if rows == "int8" else "*fp32"
+        scales, kind = ("*u16", 2) if rows == "int8" else ("*fp32", 1)
+        for form, least in (("", 0), (" step", launch.STEP_SPLIT)):
+            yield Variant(
+                f"attend_part {rows} D256 16:1{form}",
+                "attend.attend_part",
+                ("*fp32", stored, stored, scales, scales, "*fp32", "*fp32", "*i64", "fp32", *["i32"] * 4),
+                {
+                    "SHARED": 16,
+                    "INT8": rows == "int8",
+                    "LEAST": least,
+                    "D": 256,
+                    "OPERAND": "bfloat16",
+                    "BM": launch.ATTEND_ROWS,
+                    "BS": launch.ATTEND_KEYS,
+                },
+                products=True,
+                warps=launch.ATTEND_WARPS,
+            )
+        bits = "*u16" if kind == 1 else stored
         yield Variant(
-            f"attend_part {rows} D256 16:1",
-            "attend.attend_part",
-            ("*fp32", stored, stored, scales, scales, "*fp32", "*fp32", "fp32", *["i32"] * 4),
-            {
-                "SHARED": 16,
-                "INT8": rows == "int8",
-                "D": 256,
-                "OPERAND": "bfloat16",
-                "BM": launch.ATTEND_ROWS,
-                "BS": launch.ATTEND_KEYS,
-            },
-            products=True,
-            warps=launch.ATTEND_WARPS,
+            f"store_row {rows} D256", "attend.store_row",
+            ("*fp32", "*fp32", bits, bits, scales, scales, "*i64", "i32"), {"D": 256, "KIND": kind},
+        )  # fmt: skip
+    for form, least in (("", 0), (" step", launch.STEP_SPLIT)):
+        yield Variant(
+            f"join_parts D256{form}", "attend.join_parts", (*floats, "*i64", "i32", "i32"), {"LEAST": least, "D": 256}
         )
-    yield Variant("join_parts D256", "attend.join_parts", (*floats, "i32", "i32"), {"D": 256})
+    yield Variant(
+        "rope_tables", "rotary.rope_tables", ("*i64", "*fp32", "*i32", "*fp32", "*fp32", "fp32", "i32"),
+        {"HALF": 32, "SIZE": 32},
+    )  # fmt: skip
+    yield Variant("apply_rope", "rotary.apply_rope", (*floats, "*fp32", "i32", "i32"), {"HALF": 32, "SIZE": 256})
+    yield Variant("choose 8 of 256", "choice.choose", ("*fp32", "*i64", "*fp32", "i32"), {"CHOSEN": 8, "SIZE": 256})
+    for count in (1, 20):
+        for form, first, last in (("first", True, False), ("middle", False, False), ("last", False, True)):
+            yield Variant(
+                f"largest {count} {form}", "choice.largest", ("*fp32", "*i64", "*fp32", "*i64", "i32"),
+                {"COUNT": count, "FIRST": first, "LAST": last, "BLOCK": launch.SORTED},
+            )  # fmt: skip
     yield Variant("conv", "delta.conv", (*floats, "*fp32", "i32", "i32"), {"TAPS": 4, "BLOCK": 256})
     yield Variant(
         "delta_rule 128x128", "delta.delta_rule", ("*fp32",) * 7 + ("i32",) * 6 + ("fp32",),

@@ -8,6 +8,7 @@ of bfloat16.
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 
@@ -17,7 +18,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton.language as tl
 from torch import Tensor
 
-from qwenrun.kernels.gpu import attend, delta, matmul, moe, norms
+from qwenrun.kernels import ref
+from qwenrun.kernels.gpu import attend, choice, delta, matmul, moe, norms, rotary
 from qwenrun.kernels.weight import Weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -192,8 +194,9 @@ def gated_rms_norm(o: Tensor, w: Tensor, z: Tensor, eps: float) -> Tensor:
     return out
 
 
-# Positions of a split, at least, and programs that are enough to fill a card.
-SPLIT, PROGRAMS = 256, 256
+# Positions of a split, at least (of a step of decoding fewer: there all else is small), and programs that are enough to
+# fill a card.
+SPLIT, STEP_SPLIT, PROGRAMS = 256, 64, 256
 ATTEND_ROWS, ATTEND_KEYS, ATTEND_WARPS = 16, 32, 8
 HEAD_SIZES = (32, 64, 128, 256)
 VALUES = 16
@@ -203,22 +206,109 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, scale: float
 ) -> Tensor:
     """q [T, Hq, D] over contiguous k, v [S, Hkv, D]; int8 ones with their float16 scales [S, Hkv]."""
+    return _attend(q, k, v, (k_scales, v_scales), scale, None)
+
+
+def decode_attention(
+    q: Tensor, rows: tuple[Tensor, Tensor], caches: tuple[Tensor, Tensor], scales: tuple[Tensor | None, Tensor | None],
+    place: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """See `qwenrun.kernels.ops.decode_attention`; caches as `attention` takes them."""
+    groups, size = rows[0].shape[1:]
+    k, v = (x.float().contiguous() for x in rows)
+    kind = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}[caches[0].dtype]
+    codes = [c.view(torch.uint16) if kind == 1 else c for c in caches]
+    bits = [k if s is None else s.view(torch.uint16) for s in scales]
+    attend.store_row[(groups, 2)](k, v, *codes, *bits, place, groups, size, kind)
+    return _attend(q, *caches, scales, scale, place)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, stored: tuple[Tensor | None, Tensor | None], scale: float, place: Tensor | None
+) -> Tensor:
+    """place: where q's one token stands, if the host doesn't know it; then k and v are the whole cache."""
     (tokens, heads, size), (length, groups) = q.shape, k.shape[:2]
     shared, rows = heads // groups, tokens * heads
-    blocks = -(-tokens * (heads // groups) // ATTEND_ROWS)
-    splits = max(1, min(-(-length // SPLIT), PROGRAMS // (blocks * groups)))
-    per_split = -(-length // splits)
+    blocks = -(-tokens * shared // ATTEND_ROWS)
+    least = 0 if place is None else STEP_SPLIT
+    splits = max(1, min(-(-length // (least or SPLIT)), PROGRAMS // (blocks * groups)))
     parts = torch.empty(splits, rows, 2, dtype=torch.float32, device=q.device)
     mixed = torch.empty(splits, rows, size, dtype=torch.float32, device=q.device)
     given = q.float().contiguous()
-    scales = [given if s is None else s.view(torch.uint16) for s in (k_scales, v_scales)]
+    scales = [given if s is None else s.view(torch.uint16) for s in stored]
+    at = parts if place is None else place
     attend.attend_part[(blocks, groups, splits)](
-        given, k, v, *scales, parts, mixed, scale, tokens, length, per_split, groups, shared, k_scales is not None,
-        size, OPERAND_TYPE, ATTEND_ROWS, ATTEND_KEYS, num_warps=ATTEND_WARPS,
+        given, k, v, *scales, parts, mixed, at, scale, tokens, length, -(-length // splits), groups, shared,
+        stored[0] is not None, least, size, OPERAND_TYPE, ATTEND_ROWS, ATTEND_KEYS, num_warps=ATTEND_WARPS,
     )  # fmt: skip
     out = torch.empty(tokens, heads, size, dtype=torch.float32, device=q.device)
-    attend.join_parts[(rows,)](parts, mixed, out, rows, splits, size)
+    attend.join_parts[(rows,)](parts, mixed, out, at, rows, splits, least, size)
     return out
+
+
+@cache
+def _turns(
+    theta: float, rotary_dim: int, section: tuple[int, ...] | None, yarn: tuple[float, int] | None, device: torch.device
+) -> tuple[Tensor, Tensor, float]:
+    """Frequencies f32 and axes i32 of each slot on the device, and the gain."""
+    frequencies, axes, gain = ref.rope_slots(theta, rotary_dim, section, yarn)
+    return frequencies.to(device), axes.int().to(device), gain
+
+
+def rope_tables(
+    positions: Tensor, theta: float, rotary_dim: int, section: tuple[int, ...] | None, yarn: tuple[float, int] | None
+) -> tuple[Tensor, Tensor]:
+    """See `qwenrun.kernels.ops.rope_tables`."""
+    given, tokens, half = positions.contiguous(), positions.shape[-1], rotary_dim // 2
+    frequencies, axes, gain = _turns(theta, rotary_dim, section if given.dim() > 1 else None, yarn, given.device)
+    cos, sin = (torch.empty(tokens, half, dtype=torch.float32, device=given.device) for _ in range(2))
+    rotary.rope_tables[(tokens,)](given, frequencies, axes, cos, sin, gain, tokens, half, power_of_two(half))
+    return cos, sin
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `qwenrun.kernels.ops.apply_rope`."""
+    given, (tokens, heads, size) = x.float().contiguous(), x.shape
+    out = torch.empty_like(given)
+    sizes = (heads, size, cos.shape[-1], power_of_two(size))
+    rotary.apply_rope[(tokens, heads)](given, cos.contiguous(), sin.contiguous(), out, *sizes)
+    return out
+
+
+def choose(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The choice of a router from its logits f32 [T, E]: see `qwenrun.kernels.ops.router`."""
+    tokens, count = logits.shape
+    index = torch.empty(tokens, k, dtype=torch.int64, device=logits.device)
+    weight = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
+    choice.choose[(tokens,)](logits.contiguous(), index, weight, count, k, power_of_two(count))
+    return index, weight
+
+
+# Numbers that a program sorts at a time; interpreted, a sort of 1024 takes seconds.
+SORTED = 64 if INTERPRETED else 1024
+
+
+def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """See `qwenrun.kernels.ops.largest`, for counts up to SORTED / 2."""
+    given, size = x.float().contiguous(), len(x)
+    count = min(count, size)
+    sizes = [size]
+    while sizes[-1] > SORTED:
+        sizes.append(-(-sizes[-1] // SORTED) * count)
+    keys = torch.empty(sum(sizes[1:]), dtype=torch.int64, device=x.device)
+    values = torch.empty(count, dtype=torch.float32, device=x.device)
+    ids = torch.empty(count, dtype=torch.int64, device=x.device)
+    at = 0
+    for number, size in enumerate(sizes):
+        shape = (count, number == 0, number == len(sizes) - 1, SORTED)
+        choice.largest[(-(-size // SORTED),)](given, keys[at:] if len(keys) else ids, values, ids, size, *shape)
+        at += size if number else 0
+    return values, ids
+
+
+def power_of_two(size: int) -> int:
+    """The smallest that is not below size."""
+    return 1 << (size - 1).bit_length()
 
 
 def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
@@ -239,6 +329,6 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
     out = torch.empty(tokens, value_heads, dv, dtype=torch.float32, device=q.device)
     delta.delta_rule[(value_heads, -(-dv // VALUES))](
         *rows, g.contiguous(), beta.contiguous(), state, out, tokens, *(x.stride(0) for x in rows), key_heads,
-        value_heads, dk**-0.5, dk, dv, 1 << (dk - 1).bit_length(), VALUES,
+        value_heads, dk**-0.5, dk, dv, power_of_two(dk), VALUES,
     )  # fmt: skip
     return out

@@ -10,7 +10,8 @@ from functools import partial
 
 from qwenrun.kernels import composed
 from qwenrun.kernels.dispatch import Backend
-from qwenrun.kernels.ref.attention import apply_rope, attention, rope_tables
+from qwenrun.kernels.ref.attention import apply_rope, attention, decode_attention, rope_slots, rope_tables
+from qwenrun.kernels.ref.choice import largest
 from qwenrun.kernels.ref.codec import decode, encode
 from qwenrun.kernels.ref.delta import conv, delta_rule
 from qwenrun.kernels.ref.linear import embedding, experts, linear
@@ -31,16 +32,19 @@ __all__ = [
     "attention",
     "conv",
     "decode",
+    "decode_attention",
     "delta_net",
     "delta_rule",
     "embedding",
     "encode",
     "experts",
     "gated_rms_norm",
+    "largest",
     "linear",
     "linears",
     "moe_entry",
     "rms_norm",
+    "rope_slots",
     "rope_tables",
     "router",
     "swiglu",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from qwenrun.kernels.ref.codec import decode
+from qwenrun.kernels.ref.codec import decode, encode
 from qwenrun.kernels.weight import Weight
 
 # Queries and keys are taken in blocks: scores never exceed heads x QUERY_BLOCK x KEY_BLOCK float32 numbers.
@@ -29,27 +29,60 @@ def attention(q: Tensor, k: Tensor | Weight, v: Tensor | Weight, scale: float) -
         block = q[start:stop].float().mul(scale).unflatten(1, (groups, per_group))
         block = block.permute(1, 2, 0, 3).reshape(groups, -1, dim)
         position = torch.arange(first + start, first + stop, device=q.device).repeat(per_group)
-        top = torch.full(block.shape[:2], -math.inf, device=q.device)
-        total = torch.zeros(block.shape[:2], device=q.device)
-        mixed = torch.zeros(*block.shape[:2], width, device=q.device)
-        visible = first + stop
-        for low in range(0, visible, KEY_BLOCK):
-            high = min(low + KEY_BLOCK, visible)
-            scores = block @ _rows(k, low, high).permute(1, 2, 0)
-            if high > first + start + 1:
-                hidden = torch.arange(low, high, device=q.device) > position[:, None]
-                scores = scores.masked_fill(hidden, -math.inf)
-            # Online softmax: earlier blocks are rescaled to the new maximum. Block 0 holds key 0, which every
-            # query sees, so the maximum is finite from the start.
-            new_top = torch.maximum(top, scores.amax(-1))
-            rescale = (top - new_top).exp()
-            weights = (scores - new_top[..., None]).exp()
-            total = total * rescale + weights.sum(-1)
-            mixed = mixed * rescale[..., None] + weights @ _rows(v, low, high).transpose(0, 1)
-            top = new_top
-        mixed = (mixed / total[..., None]).unflatten(1, (per_group, stop - start))
+        mixed = _mixed(block, position, k, v, first + start + 1, first + stop)
+        mixed = mixed.unflatten(1, (per_group, stop - start))
         out[start:stop] = mixed.permute(2, 0, 1, 3).reshape(stop - start, heads, -1)
     return out.to(q.dtype)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | Weight, values: Tensor | Weight, place: Tensor, scale: float
+) -> Tensor:
+    """See `qwenrun.kernels.ops.decode_attention`. All rows of the cache are looked at."""
+    _store(keys, k, place)
+    _store(values, v, place)
+    groups, length = k.shape[1], len(keys.codes if isinstance(keys, Weight) else keys)
+    block = q[0].float().mul(scale).unflatten(0, (groups, -1))
+    mixed = _mixed(block, place.expand(block.shape[1]), keys, values, 1, length)
+    return mixed.reshape(q.shape[:2] + mixed.shape[-1:]).to(q.dtype)
+
+
+def _mixed(block: Tensor, position: Tensor, k: Tensor | Weight, v: Tensor | Weight, open_: int, end: int) -> Tensor:
+    """What rows block [G, R, D], scaled, at positions [R], mix of the values they see: [G, R, Dv].
+
+    Every row sees keys 0..open_-1, none a key from `end` on.
+    """
+    groups, width = block.shape[0], v.cols if isinstance(v, Weight) else v.shape[-1]
+    top = torch.full(block.shape[:2], -math.inf, device=block.device)
+    total = torch.zeros(block.shape[:2], device=block.device)
+    mixed = torch.zeros(groups, block.shape[1], width, device=block.device)
+    for low in range(0, end, KEY_BLOCK):
+        high = min(low + KEY_BLOCK, end)
+        scores, rows = block @ _rows(k, low, high).permute(1, 2, 0), _rows(v, low, high)
+        if high > open_:
+            at = torch.arange(low, high, device=block.device)
+            scores = scores.masked_fill(at > position[:, None], -math.inf)
+            # What nobody has written yet may be no number, and nothing times that is none either.
+            rows = rows.masked_fill((at > position.max())[:, None, None], 0.0)
+        # Online softmax: earlier blocks are rescaled to the new maximum. Block 0 holds key 0, which every
+        # query sees, so the maximum is finite from the start.
+        new_top = torch.maximum(top, scores.amax(-1))
+        rescale = (top - new_top).exp()
+        weights = (scores - new_top[..., None]).exp()
+        total = total * rescale + weights.sum(-1)
+        mixed = mixed * rescale[..., None] + weights @ rows.transpose(0, 1)
+        top = new_top
+    return mixed / total[..., None]
+
+
+def _store(cached: Tensor | Weight, rows: Tensor, place: Tensor) -> None:
+    """Write rows [1, Hkv, D] at row `place` of a cache, as it stores them."""
+    if isinstance(cached, Weight):
+        encoded = encode(rows.float(), cached.spec)
+        for name, part in encoded.parts.items():
+            cached.parts[name].index_copy_(0, place, part)
+    else:
+        cached.index_copy_(0, place, rows.to(cached.dtype))
 
 
 def _rows(cached: Tensor | Weight, low: int, high: int) -> Tensor:
@@ -74,6 +107,22 @@ def yarn_frequencies(theta: float, rotary_dim: int, factor: float, original: int
     return plain / factor * ramp + plain * (1 - ramp), 0.1 * math.log(factor) + 1.0
 
 
+def rope_slots(
+    theta: float, rotary_dim: int, mrope_section: tuple[int, ...] | None, yarn: tuple[float, int] | None
+) -> tuple[Tensor, Tensor, float]:
+    """For each of rotary_dim / 2 slots its frequency float32 and the axis int64 it turns with, and the gain of all."""
+    gain = 1.0
+    if yarn:
+        frequencies, gain = yarn_frequencies(theta, rotary_dim, *yarn)
+    else:
+        frequencies = 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+    # Slot j turns with axis j mod 3 (time, height, width), the last two only while j < 3 * section.
+    axes = torch.zeros(rotary_dim // 2, dtype=torch.long)
+    for number in (1, 2) if mrope_section else ():
+        axes[number : 3 * mrope_section[number] : 3] = number
+    return frequencies, axes, gain
+
+
 def rope_tables(
     positions: Tensor,
     theta: float,
@@ -82,21 +131,9 @@ def rope_tables(
     yarn: tuple[float, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `qwenrun.kernels.ops.rope_tables`."""
-    gain = 1.0
-    if yarn:
-        frequencies, gain = yarn_frequencies(theta, rotary_dim, *yarn)
-    else:
-        frequencies = 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
-    frequencies = frequencies.to(positions.device)
-    if positions.dim() == 1:
-        angles = positions.float()[:, None] * frequencies
-    else:
-        # Slot j turns with axis j mod 3 (time, height, width), the last two only while j < 3 * section.
-        axis = torch.zeros(rotary_dim // 2, dtype=torch.long)
-        for number in (1, 2):
-            assert mrope_section
-            axis[number : 3 * mrope_section[number] : 3] = number
-        angles = positions.float()[axis.to(positions.device)].T * frequencies
+    frequencies, axes, gain = rope_slots(theta, rotary_dim, mrope_section if positions.dim() > 1 else None, yarn)
+    turning = positions.float().view(-1, positions.shape[-1])[axes.to(positions.device)].T
+    angles = turning * frequencies.to(positions.device)
     return angles.cos() * gain, angles.sin() * gain
 
 

@@ -57,6 +57,16 @@ class RoutedExperts:
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, base: Tensor) -> Tensor:
         """x f32 [T, H], index i64 [T, k], weight f32 [T, k], base f32 [T, H] -> base plus the weighted sum."""
+        wanted, keys, slots = self.look_up(index)
+        if slots is not None:
+            out = self.compute(x, torch.from_numpy(slots).to(self._device), weight, base)
+        else:
+            out = self.fetch_and_compute(x, wanted, keys, weight, base)
+        self.done(keys, slots is not None)
+        return out
+
+    def look_up(self, index: Tensor) -> tuple[np.ndarray, list[int], np.ndarray | None]:
+        """The chosen experts' keys [T, k], every one of them once, and their slots [T, k] if all are there."""
         cache = self._cache
         chosen = index.cpu().numpy()
         if self.trace is not None:
@@ -74,12 +84,36 @@ class RoutedExperts:
         slots = cache.lookup(wanted)
         if slots is not None:
             cache.stats.hits += len(keys)
-            out = self._op(x, *self._stack, torch.from_numpy(slots).to(self._device), weight, base)
-            cache.used(keys)
-        else:
-            out = _Pass(self, x, wanted, weight).run(keys).add_(base)
-        cache.forget_ahead(self._prefix, keys)
-        return out
+        return wanted, keys, slots
+
+    def compute(self, x: Tensor, slots: Tensor, weight: Tensor, base: Tensor) -> Tensor:
+        """The kernel alone, slots i64 [T, k] in place of experts; nothing of it is the host's to know."""
+        return self._op(x, *self._stack, slots, weight, base)
+
+    def fetch_and_compute(self, x: Tensor, wanted: np.ndarray, keys: list[int], weight: Tensor, base: Tensor) -> Tensor:
+        """The same when some are not there."""
+        return _Pass(self, x, wanted, weight).run(keys).add_(base)
+
+    def done(self, keys: list[int], there: bool) -> None:
+        """The kernels that read these experts' slots were begun. there: `look_up` had all of them."""
+        if there:
+            self._cache.used(keys)
+        self._cache.forget_ahead(self._prefix, keys)
+
+    def table(self) -> np.ndarray | None:
+        """i64 [E]: the slot of each of the layer's experts, if all are there and none will ever have to make room."""
+        cache = self._cache
+        own = np.arange(self._first, self._first + cache.files[self._prefix].count)
+        slots = cache.slots_of(own)
+        settled = not cache.table.contended and slots.min() >= 0
+        if not settled or self.trace is not None or cache.lookup(own) is None:
+            return None
+        return slots
+
+    def count_hits(self, count: int) -> None:
+        """`count` experts were found in `table`, on the device, by nobody's asking."""
+        self._cache.stats.lookups += count
+        self._cache.stats.hits += count
 
 
 class _Pass:

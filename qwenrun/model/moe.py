@@ -51,7 +51,7 @@ class MoE:
     """top_k of E routed experts, weighted by their renormalised router probabilities, plus a gated shared expert.
 
     router [E, H]; routed: computes the chosen experts, wherever they are (see StackedExperts); gate, up and down: the
-    shared expert's; shared_gate [1, H].
+    shared expert's; shared_gate [1, H]. `entry`: all that comes before the routed experts (`kernels.ops.moe_entry`).
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class MoE:
         self.norm, self.router, self.routed = norm, Weight.plain(router), routed
         self._rms_norm, self._router = bind("rms_norm", norm.device.type), bind("router", norm.device.type)
         shared = (gate.weight, up.weight, down.weight, shared_gate.weight)
-        self._entry = moe_entry(norm, self.eps, self.router, self.top_k, *shared)
+        self.entry = moe_entry(norm, self.eps, self.router, self.top_k, *shared)
 
     def choose(self, x: Tensor) -> Tensor:
         """The experts i64 [T, k] for a residual stream x f32 [T, H]."""
@@ -77,7 +77,7 @@ class MoE:
 
     def __call__(self, x: Tensor, y: Tensor, between: Callable[[Tensor], None] | None = None) -> Tensor:
         """x, y f32 [T, H] -> [T, H]."""
-        stream, normed, index, weight, base = self._entry(x, y)
+        stream, normed, index, weight, base = self.entry(x, y)
         if between is not None:
             between(stream)
         return self.routed(normed, index, weight, base)

@@ -69,8 +69,8 @@ class Model:
         self.lm_head = lm_head
         self.mtp = mtp
         self.device = norm.device
-        self._rms_norm = bind("rms_norm", norm.device.type)
-        self._rotary = Rotary(config, norm.device.type)
+        self.rms_norm = bind("rms_norm", norm.device.type)
+        self.rotary = Rotary(config, norm.device.type)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, state: State, positions: Tensor | None = None) -> Tensor:
@@ -83,12 +83,12 @@ class Model:
         start = state.position
         if positions is None:
             positions = torch.arange(start, start + len(ids), device=self.device)
-        rotary = self._rotary(positions)
+        rotary = self.rotary(positions)
         x = self.embed(ids)
         for layer, layer_state in zip(self.layers, state.layers):
             x = layer(x, rotary, layer_state, start)
         state.position = start + len(ids)
-        return self._rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return self.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     # Not in inference mode: logits leave the engine, and a caller may want to change them in place.
     @torch.no_grad()
@@ -107,5 +107,5 @@ class Model:
         """
         if self.mtp is None:
             raise ValueError("this model has no multi-token-prediction module")
-        rotary = self._rotary(torch.arange(start + 1, start + 1 + len(ids), device=self.device))
+        rotary = self.rotary(torch.arange(start + 1, start + 1 + len(ids), device=self.device))
         return self.mtp(self.embed(ids), hidden, rotary, cache, start)

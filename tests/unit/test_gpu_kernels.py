@@ -79,6 +79,63 @@ def test_attention_of_stored_keys(tokens: int, length: int, form: str) -> None:
     assert error(gpu.attention(q, *given, 0.2), ref.attention(q, *given, 0.2)) < 1e-5
 
 
+@pytest.mark.parametrize(("place", "length"), [(0, 9), (300, 1030)])
+@pytest.mark.parametrize("form", ["bf16", "f32", "int8"])
+def test_a_token_decoded_at_a_place_only_the_device_knows(place: int, length: int, form: str) -> None:
+    """The row that is added is stored as the reference stores it, bit for bit; rows behind are no numbers."""
+    q, k, v = torch.randn(1, 8, 32), torch.randn(1, 2, 32), torch.randn(1, 2, 32)
+    k[0, 1] = 0.0
+    caches, at, spec = {}, torch.tensor([place]), BlockSpec("int8", 32, "f16")
+    keys, values = (torch.randn(length, 2, 32) for _ in range(2))
+    for name in ("ref", "gpu"):
+        if form == "int8":
+            caches[name] = [ref.encode(x, spec) for x in (keys, values)]
+            for cache in caches[name]:
+                cache.scales[place + 1 :] = float("nan")
+        else:
+            dtype = torch.bfloat16 if form == "bf16" else torch.float32
+            caches[name] = [x.to(dtype, copy=True) for x in (keys, values)]
+            for cache in caches[name]:
+                cache[place + 1 :] = float("nan")
+    got = gpu.decode_attention(q, k, v, *caches["gpu"], at, 0.2)
+    want = ref.decode_attention(q, k, v, *caches["ref"], at, 0.2)
+    assert error(got, want) < 1e-5
+    for mine, theirs in zip(caches["gpu"], caches["ref"], strict=True):
+        parts = [(mine, theirs)] if form != "int8" else zip(mine.parts.values(), theirs.parts.values(), strict=True)
+        for a, b in parts:
+            assert torch.equal(a[: place + 1], b[: place + 1])
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([0, 7, 262143]), torch.tensor([[5, 9], [100, 3], [1000, 70]])])
+@pytest.mark.parametrize("yarn", [None, (4.0, 262144)])
+def test_rotary_angles(positions: Tensor, yarn: tuple[float, int] | None) -> None:
+    given = (positions, 1e7, 24, (5, 4, 3), yarn)
+    for got, want in zip(gpu.rope_tables(*given), ref.rope_tables(*given), strict=True):
+        assert error(got, want) < 1e-6
+
+
+def test_the_largest_of_equal_ones_and_of_no_numbers() -> None:
+    """As the reference orders them, in several passes."""
+    x = torch.randn(700).mul(3).round()
+    x[[3, 500]] = float("inf")
+    x[600] = float("nan")
+    for count in (1, 20, 300):
+        values, ids = gpu.largest(x, count)
+        wanted, places = ref.largest(x, count)
+        assert torch.equal(ids, places)
+        assert ids[0] == 600
+        assert torch.equal(values[1:], wanted[1:])
+    x.fill_(-float("inf"))
+    assert gpu.largest(x, 3)[1].tolist() == [0, 1, 2] == ref.largest(x, 3)[1].tolist()
+
+
+def test_a_router_without_numbers_chooses_experts_that_exist() -> None:
+    index, weight = gpu.router(torch.full((2, 32), float("nan")), Weight.plain(torch.randn(5, 32)), 3)
+    assert index.min() >= 0
+    assert index.max() < 5
+    assert weight.isnan().all()
+
+
 def test_the_delta_rule_continues_from_its_state() -> None:
     q, k, v = torch.randn(9, 2, 16), torch.randn(9, 2, 16), torch.randn(9, 4, 24)
     g, beta = -torch.rand(9, 4), torch.rand(9, 4)

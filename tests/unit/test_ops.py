@@ -147,6 +147,15 @@ def naive(case: Case, args: tuple) -> list[np.ndarray]:
                 p = np.exp(scores - scores.max())
                 out[t, h] = p @ v[:seen, h // ratio] / p.sum()
         return [out]
+    if case.op == "decode_attention":
+        keys, values, at = args[3].clone(), args[4].clone(), case.dims["p"]
+        keys[at], values[at] = args[1][0].to(keys.dtype), args[2][0].to(values.dtype)
+        whole = Case("attention", {**case.dims, "T": 1}, 0, 0, 0)
+        out = naive(whole, (args[0], keys[: at + 1], values[: at + 1], args[6]))[0]
+        return [out, keys.double().numpy(), values.double().numpy()]
+    if case.op == "largest":
+        order = np.argsort(-a[0], kind="stable")[: args[1]]
+        return [a[0][order], order]
     if case.op == "delta_rule":
         q, k, v, g, beta, state = a
         state = state.copy()
@@ -200,12 +209,12 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def guarded(state: Tensor) -> tuple[Tensor, Tensor]:
     """The state as a view into a poisoned buffer: (buffer, view)."""
-    buffer = torch.full((state.shape[0] + 2, *state.shape[1:]), math.nan)
+    buffer = torch.full((state.shape[0] + 2, *state.shape[1:]), math.nan, dtype=state.dtype)
     buffer[1:-1] = state
     return buffer, buffer[1:-1]
 
 
-STATES = {"delta_rule": (5,), "conv": (2,), "delta_net": (5, 10)}
+STATES = {"decode_attention": (3, 4), "delta_rule": (5,), "conv": (2,), "delta_net": (5, 10)}
 
 
 @pytest.mark.parametrize("backend", list(backends()))
