@@ -19,6 +19,7 @@ class PlainKV:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
         self._attention = bind("attention", k.device.type, Weight.plain(k).spec)
+        self._decode_attention = bind("decode_attention", k.device.type, Weight.plain(k).spec)
 
     def attend(self, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Store k, v f32 [T, Hkv, D] at rows start.., attend with q [T, Hq, D] to rows 0..start+T-1."""
@@ -26,6 +27,10 @@ class PlainKV:
         self.k[start:end] = k
         self.v[start:end] = v
         return self._attention(q, self.k[:end], self.v[:end], scale)
+
+    def attend_at(self, place: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The same for one token at row place, i64 [1] on the device, which the host need not know."""
+        return self._decode_attention(q, k, v, self.k, self.v, place, scale)
 
 
 class Int8KV:
@@ -39,6 +44,7 @@ class Int8KV:
         self.k, self.v, self.k_scale, self.v_scale = k, v, k_scale, v_scale
         device = k.device.type
         self._attention = bind("attention", device, self.spec)
+        self._decode_attention = bind("decode_attention", device, self.spec)
         self._encode = bind("encode", device, self.spec)
 
     def attend(self, start: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -49,6 +55,10 @@ class Int8KV:
             codes[start:end] = encoded.codes
             scales[start:end] = encoded.scales.squeeze(-1)
         return self._attention(q, *self.rows(end), scale)
+
+    def attend_at(self, place: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As PlainKV's."""
+        return self._decode_attention(q, k, v, *self.rows(self.k.shape[0]), place, scale)
 
     def rows(self, end: int) -> tuple[Weight, Weight]:
         """Keys and values 0..end-1 as stacks of matrices [Hkv, D], views."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qwenrun.errors import QwenrunError, UsageError
+from qwenrun.kernels.ops import bind
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,14 @@ class Sampler:
     """Draws the tokens of one generation; remembers them for the penalties.
 
     vocab_size: rows of the logits from this on are padding of the embedding and are never drawn.
-    prompt: token ids before the generation (the repetition penalty counts them).
+    prompt: token ids before the generation (the repetition penalty counts them). device: where the logits are.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int, prompt: Iterable[int] = ()) -> None:
+    def __init__(
+        self, params: SamplingParams, vocab_size: int, prompt: Iterable[int] = (), device: str = "cpu"
+    ) -> None:
         self.params = params
+        self._largest = bind("largest", device)
         self.vocab_size = vocab_size
         self._generator = torch.Generator(device="cpu")
         if params.seed is None:
@@ -81,12 +85,13 @@ class Sampler:
         self._seen = _TokenSet(vocab_size, prompt if params.repetition_penalty != 1 else ())
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token for logits [V] (any float dtype and device). Raises QwenrunError if they are NaN."""
+        """The next token for logits [V] (any float dtype). Raises QwenrunError if they are NaN."""
         if self.params.greedy:
             scores = self._penalised(logits[: self.vocab_size].float())
-            token = int(torch.argmax(scores))
-            if not math.isfinite(float(scores[token])):
+            value, place = self._largest(scores, 1)
+            if not math.isfinite(float(value)):
                 raise _not_finite()
+            token = int(place)
         else:
             probabilities, ids = self.distribution(logits)
             cumulative = probabilities.double().cumsum(0)
@@ -107,7 +112,7 @@ class Sampler:
         p = self.params
         scores = self._penalised(logits[: self.vocab_size].float())
         if 0 < p.top_k < scores.numel():
-            scores, ids = torch.topk(scores, p.top_k)
+            scores, ids = self._largest(scores, p.top_k)
         else:
             scores, ids = torch.sort(scores, descending=True, stable=True)
         scores, ids = scores.cpu(), ids.cpu()

@@ -291,7 +291,8 @@ class Session:
         text = _Text(self._engine, splitter)
         begun, opened = clock(), self._engine.expert_stats()
         cached = self._reuse(prompt) if resume else 0
-        sampler = Sampler(params, self._engine.vocab_size, [*self.tokens, *prompt[cached:]])
+        device = self._state.device.type
+        sampler = Sampler(params, self._engine.vocab_size, [*self.tokens, *prompt[cached:]], device)
         logits = self._prefill_prompt(prompt[cached:], None if branch is None else branch - cached, progress)
         prefill_seconds, prefilled = clock() - begun, self._engine.expert_stats()
 
