@@ -204,10 +204,10 @@ def inputs(case: Case, generator: torch.Generator) -> tuple[Any, ...]:
         key, value = (normal(d["S"], d["Hkv"], d["D"]) for _ in range(2))
         return normal(d["T"], d["Hq"], d["D"]), key, value, d["D"] ** -0.5
     if case.op == "decode_attention":
-        q, k, v = normal(1, d["Hq"], d["D"]), normal(1, d["Hkv"], d["D"]), normal(1, d["Hkv"], d["D"])
+        query, key, value = (normal(1, d[heads], d["D"]) for heads in ("Hq", "Hkv", "Hkv"))
         kept = torch.bfloat16 if case.options["kept"] == "bf16" else torch.float32
-        keys, values = (normal(d["S"], d["Hkv"], d["D"]).to(kept) for _ in range(2))
-        return q, k, v, keys, values, torch.tensor([d["p"]]), d["D"] ** -0.5
+        caches = [normal(d["S"], d["Hkv"], d["D"]).to(kept) for _ in range(2)]
+        return query, key, value, *caches, torch.tensor([d["p"]]), d["D"] ** -0.5
     if case.op == "largest":
         return normal(d["V"]).mul(50).round(), d["k"]  # many equal ones
     if case.op == "delta_rule":

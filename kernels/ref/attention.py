@@ -118,8 +118,9 @@ def rope_slots(
         frequencies = 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
     # Slot j turns with axis j mod 3 (time, height, width), the last two only while j < 3 * section.
     axes = torch.zeros(rotary_dim // 2, dtype=torch.long)
-    for number in (1, 2) if mrope_section else ():
-        axes[number : 3 * mrope_section[number] : 3] = number
+    if mrope_section:
+        for number in (1, 2):
+            axes[number : 3 * mrope_section[number] : 3] = number
     return frequencies, axes, gain
 
 

@@ -108,6 +108,8 @@ class DeviceCache(SlotCache):
         return True
 
     def used(self, keys: Iterable[int]) -> None:
+        if not self.table.contended:
+            return  # nobody will ever be given their slots
         mark = self._mover.mark()
         for key in keys:
             self._readers[int(self.table.slot_of[key])] = mark

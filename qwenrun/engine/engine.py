@@ -11,6 +11,7 @@ what lies where, and the arena is made from that.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -19,11 +20,13 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qwenrun.engine.arena import Arena
 from qwenrun.engine.defaults import read_defaults
 from qwenrun.engine.events import ExpertUse
 from qwenrun.engine.experts import Experts
+from qwenrun.engine.graph import CudaRecorder, GraphDecoder
 from qwenrun.engine.sampler import SamplingParams
 from qwenrun.engine.session import Session
 from qwenrun.engine.sources import CheckpointSource, PackSource
@@ -45,6 +48,8 @@ from qwenrun.text.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 DEFAULT_CTX = 4096
+# Set to 0 in the environment: every token on a card is computed kernel by kernel.
+GRAPHS = "QWENRUN_GRAPHS"
 
 
 class Engine:
@@ -122,6 +127,7 @@ class Engine:
             stored = pack.manifest.stored
             run = run_for(config)
             plan = place(config, weigh(config, stored, run), run, budget)
+            _cap(target, plan)
             arena = Arena.from_plan(plan, target)
             experts = Experts(pack, plan, arena, direct) if plan.pools else None
             try:
@@ -143,6 +149,7 @@ class Engine:
                 stored = [(info, Assignment(KEEP, None)) for info in matched.tensors]
                 run = run_for(config)
                 plan = place(config, weigh(config, stored, run, packed=False), run, budget)
+                _cap(target, plan)
                 arena = Arena.from_plan(plan, target)
                 model = bind(CheckpointSource(checkpoint, arena), config, mtp)
             return cls(path, plan, arena, model, stored, None, None)
@@ -226,6 +233,13 @@ class Engine:
 
     # -- use -------------------------------------------------------------------------------------------------
 
+    def decoder(self, state: SequenceState) -> Callable[[int], Tensor] | None:
+        """What feeds one token to `state` faster than `Model.forward` does, if there is such a thing: on a card the
+        graphs of `graph`, unless QWENRUN_GRAPHS is 0."""
+        if state.device.type != "cuda" or os.environ.get(GRAPHS) == "0":
+            return None
+        return GraphDecoder(self.model, state, CudaRecorder(state.device))
+
     def session(self) -> Session:
         """A new, empty sequence. Its memory is given back when nobody holds it any more.
 
@@ -268,6 +282,18 @@ def _budget(device: torch.device, ram: int | None, vram: int | None) -> Budget:
         return Budget(device=ram)
     free_vram, _ = torch.cuda.mem_get_info(device)
     return Budget(device=int(free_vram * SHARE) if vram is None else min(vram, free_vram), host=ram, gpu=True)
+
+
+def _cap(device: torch.device, plan: Plan) -> None:
+    """Have torch refuse what would go beyond the budget on a card, also for a moment, rather than take it from others.
+
+    The driver's own memory, which is in the plan, is not torch's to count.
+    """
+    if device.type == "cuda":
+        assert plan.budget.device is not None
+        room = plan.budget.device - plan.parts()["runtime"] + torch.cuda.memory_reserved(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
 
 
 def _no_experts(prefix: str) -> Routed:

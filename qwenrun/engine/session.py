@@ -53,6 +53,7 @@ class Session:
         self._engine = engine
         self._chunk = engine.run.chunk
         self._state = state
+        self._decode = engine.decoder(state)
         # Tokens whose keys and values are in the cache. Those from `position` on are left over from before a
         # rollback and stay usable until they are overwritten.
         self._ids: list[int] = []
@@ -120,11 +121,14 @@ class Session:
     def _forward(self, part: list[int]) -> Tensor:
         """One chunk through the model. What is overwritten is forgotten first, so that an interruption (Ctrl-C
         in the middle of a layer) leaves nothing that looks valid and is not."""
-        ids = torch.tensor(part, dtype=torch.long, device=self._state.device)
         del self._ids[self._state.position :]
         self._state.forget_after(self._state.position)
         self._interrupted = True
-        hidden = self._engine.model.forward(ids, self._state)
+        if self._decode is not None and len(part) == 1:
+            hidden = self._decode(part[0])
+        else:
+            ids = torch.tensor(part, dtype=torch.long, device=self._state.device)
+            hidden = self._engine.model.forward(ids, self._state)
         self._ids += part
         self._interrupted = False
         return hidden

@@ -33,6 +33,11 @@ class Layer:
         """x f32 [T, H] at cache rows start..start+T-1 -> [T, H]. `state` is what the mixer keeps; it moves on."""
         return self.mlp(x, self.mixer(x, rotary, state, start), self.between)
 
+    def until_routed(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: Any, start: int) -> tuple[Tensor, ...]:
+        """As far as its routed experts: what `kernels.ops.moe_entry` gives. Only of a layer that has such."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.entry(x, self.mixer(x, rotary, state, start))
+
 
 class Rotary:
     """cos and sin of the rotary angles of a run of positions, computed once for all attention layers."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import FakeMover, watch
 
 from qwenrun import Engine
 from qwenrun.engine.arena import Arena
@@ -229,55 +230,6 @@ def test_an_interruption_leaves_no_pin(pack: Path, monkeypatch: pytest.MonkeyPat
 # -- a device with memory of its own ---------------------------------------------------------------------------
 
 
-class FakeMover:
-    """Copies that happen as late as they may, into memory that is poisoned before; checks the two rules.
-
-    A place is a number. Computation is done when its call returns here, so what is checked is what the cache asks
-    for: a copy into a slot that kernels were given to read must come `after` the mark behind them.
-    """
-
-    def __init__(self) -> None:
-        self.rng = random.Random(3)
-        self.marks = 0
-        self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self.done: set[int] = set()
-        self.readers: dict[int, int] = {}
-        self.copies = 0
-
-    def copy(self, source: torch.Tensor, target: torch.Tensor, after: int | None) -> int:
-        read = self.readers.pop(target.data_ptr(), None)
-        assert read is None or after == read, "a slot would be overwritten while a kernel may read it"
-        # An earlier copy into the slot is before this one on the side stream.
-        if any(t.data_ptr() == target.data_ptr() for _, _, t in self.pending):
-            self._finish(max(n for n, _, t in self.pending if t.data_ptr() == target.data_ptr()))
-        target.fill_(0xFF)
-        self.marks += 1
-        self.copies += 1
-        self.pending.append((self.marks, source, target))
-        return self.marks
-
-    def mark(self) -> int:
-        self.marks += 1
-        return self.marks
-
-    def _finish(self, mark: int) -> None:
-        for number, source, target in [p for p in self.pending if p[0] <= mark]:
-            target.copy_(source)
-            self.done.add(number)
-        self.pending = [p for p in self.pending if p[0] > mark]
-
-    def wait_for(self, mark: int) -> None:
-        self._finish(mark)
-
-    def reached(self, mark: int) -> bool:
-        if self.rng.random() < 0.3:
-            self._finish(mark)
-        return mark in self.done
-
-    def synchronize(self, mark: int) -> None:
-        self._finish(mark)
-
-
 def on_a_device(path: Path, device_share: float, host_share: float, mover: FakeMover, assist: bool) -> Iterator[Any]:
     """The routed experts of all layers with slots in both tiers."""
     reader = PackReader.open(path)
@@ -302,19 +254,6 @@ def on_a_device(path: Path, device_share: float, host_share: float, mover: FakeM
     yield experts
     experts.close()
     reader.close()
-
-
-def watch(cache: Any, mover: FakeMover) -> None:
-    """Tell the mover which slots a kernel was given to read."""
-    used = cache.used
-
-    def noted(keys: Any) -> None:
-        keys = list(keys)
-        used(keys)
-        for key in keys:
-            mover.readers[cache.slots[int(cache.table.slot_of[key])].data_ptr()] = mover.marks
-
-    cache.used = noted
 
 
 @pytest.mark.parametrize("which", ["pack", "mixed"])
