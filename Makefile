@@ -22,7 +22,7 @@ DEMO_MODEL := qwenrun/demo/model
 DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model demo-eval test test-gpu lint type fmt bench bench-budget bench-peer gpu-aot sanitize synth docs wheel clean
+.PHONY: help setup demo demo-model demo-eval test test-gpu lint type fmt bench bench-budget bench-peer gpu-aot gpu-traffic sanitize synth docs wheel clean
 
 # What `make synth` writes, and where; what the budget and peer benchmarks run on.
 MODEL ?= 122b
@@ -142,6 +142,9 @@ test-gpu: setup ## on a machine with an NVIDIA card: every kernel, the demo's lo
 
 gpu-aot: setup ## compile every kernel for sm_80 to sm_120 without a card, and write docs/kernels.md
 	$(BIN)/python -m qwenrun.kernels.gpu.aot --page docs/kernels.md $(ARGS)
+
+gpu-traffic: setup ## count what decoding one token moves, interpreted (minutes), and write docs/traffic.md
+	TRITON_INTERPRET=1 $(BIN)/python -m qwenrun.kernels.gpu.traffic --page docs/traffic.md $(ARGS)
 
 docs: setup ## write the generated pages (docs/cli.md, docs/ops.md)
 	$(BIN)/python docs/generate.py

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -161,7 +162,70 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
 
 
 _OWN = sys.modules[__name__]
-linears = partial(composed.linears, _OWN)
-swiglu = partial(composed.swiglu, _OWN)
-moe_entry = partial(composed.moe_entry, _OWN)
-delta_net = partial(composed.delta_net, _OWN)
+
+
+def linears(
+    weights: Sequence[Weight], norm: Tensor | None = None, eps: float = 1e-6
+) -> Callable[[Tensor], list[Tensor]]:
+    """See `qwenrun.kernels.ops.linears`. One token's row is normed and split once for all."""
+    many, rows = composed.linears(_OWN, weights, norm, eps), not any(_refuses("linear", w.spec) for w in weights)
+
+    def apply(x: Tensor) -> list[Tensor]:
+        if not rows or x.shape[0] > 1:
+            return many(x)
+        launch = _launch()
+        row = launch.Row(x) if norm is None else launch.add_norm(x, None, norm, eps)[1]
+        return [launch.row_product(row, w).to(x.dtype) for w in weights]
+
+    return apply
+
+
+def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]:
+    """See `qwenrun.kernels.ops.swiglu`."""
+    many, rows = composed.swiglu(_OWN, gate, up, down), not any(_refuses("linear", w.spec) for w in (gate, up, down))
+
+    def apply(x: Tensor) -> Tensor:
+        if not rows or x.shape[0] > 1:
+            return many(x)
+        launch = _launch()
+        return launch.row_swiglu(launch.Row(x), gate, up, down).to(x.dtype)
+
+    return apply
+
+
+def moe_entry(
+    norm: Tensor, eps: float, router: Weight, k: int, gate: Weight, up: Weight, down: Weight, shared_gate: Weight
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """See `qwenrun.kernels.ops.moe_entry`."""
+    many = composed.moe_entry(_OWN, norm, eps, router, k, gate, up, down, shared_gate)
+    rows = not any(_refuses("linear", w.spec) for w in (router, gate, up, down, shared_gate))
+
+    def apply(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if not rows or x.shape[0] > 1:
+            return many(x, y)
+        launch = _launch()
+        stream, row = launch.add_norm(x, y, norm, eps)
+        index, weight = launch.choose(launch.row_product(row, router), k)
+        base = launch.row_swiglu(row, gate, up, down, (stream, launch.row_product(row, shared_gate)))
+        return stream, row.plain, index, weight, base
+
+    return apply
+
+
+def delta_net(
+    qkv: Tensor,
+    z: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    decay: Tensor,
+    dt_bias: Tensor,
+    norm: Tensor,
+    eps: float,
+    state: Tensor,
+) -> Tensor:
+    """See `qwenrun.kernels.ops.delta_net`."""
+    given = (qkv, z, b, a, conv_weight, conv_state, decay, dt_bias, norm, eps, state)
+    kept = all(x.dtype == torch.float32 and x.is_contiguous() for x in (conv_state, state))
+    return _launch().delta_net(*given) if kept and qkv.shape[0] == 1 else composed.delta_net(_OWN, *given)

@@ -82,8 +82,13 @@ def variants() -> Iterator[Variant]:
         parts = ("*i32", "*u16" if constants["SCALE"] == 0 else "*u8", "*u8" if constants["ZERO"] else "*i32")
         scales = "*fp32" if constants["TENSOR"] else "*i32"
         weights, steps = (*parts, scales), {**constants, "STEPS": launch.STEPS}
+        one_tile = {**constants, "STEPS": launch.one_tile_steps("e8m0" if form == "mxfp4" else "")}
         yield Variant(
-            f"gemv_tiled {form}", "matmul.gemv_tiled", ("*fp32", *weights, "*fp32", "i32", "i32", "i32"), steps
+            f"gemv_tiled {form}", "matmul.gemv_tiled", ("*fp32", *weights, "*fp32", "i32", "i32", "i32"),
+            {**steps, "ROWS": launch.ROWS},
+        )  # fmt: skip
+        yield Variant(
+            f"swiglu_tiled {form}", "moe.swiglu_tiled", ("*fp32", *weights, *weights, "*fp32", "i32", "i32"), one_tile
         )
         strides = ("i32",) * 4
         yield Variant(
@@ -96,7 +101,7 @@ def variants() -> Iterator[Variant]:
             f"experts down {form}",
             "moe.down_tiled",
             ("*fp32", "*i64", "*fp32", *weights, "*fp32", "*fp32", "i32", "i32", *strides),
-            {"K_CHOSEN": 8, "HAS_BASE": True, **steps},
+            {"K_CHOSEN": 8, "HAS_BASE": True, **one_tile},
         )
         yield Variant(
             f"gemm_tiled {form}",
@@ -112,7 +117,12 @@ def variants() -> Iterator[Variant]:
             f"gemv_plain {form}",
             "matmul.gemv_plain",
             ("*fp32", codes, scales, "*fp32", "i32", "i32"),
-            {**constants, "BN": launch.PLAIN_ROWS, "BK": launch.PLAIN_COLS},
+            {
+                **constants,
+                "BN": launch.PLAIN_ROWS,
+                "BK": launch.PLAIN_COLS,
+                "RUN": launch.PLAIN_RUN // (1 if scaled else 2),
+            },
         )
         yield Variant(
             f"gemm_plain {form}",
@@ -124,8 +134,12 @@ def variants() -> Iterator[Variant]:
     floats = ("*fp32", "*fp32", "*fp32")
     for operand in ("fp32", "bf16"):
         yield Variant(f"split_rows {operand}", "matmul.split_rows", ("*fp32", f"*{operand}", "i32"), {"BLOCK": 1024})
-    yield Variant("add_shares", "matmul.add_shares", ("*fp32", "*fp32", "i32"), {"SHARES": 2, "BLOCK": 256})
-    yield Variant("silu_times", "moe.silu_times", ("*fp32", "*bf16", "i32"), {"BLOCK": 256})
+    for onto in (False, True):
+        yield Variant(
+            "add_shares onto" if onto else "add_shares", "matmul.add_shares", (*floats, "*fp32", "i32"),
+            {"SHARES": 2, "ONTO": onto, "BLOCK": 256},
+        )  # fmt: skip
+    yield Variant("silu_times", "moe.silu_times", ("*fp32", "*bf16", "i32"), {"BLOCK": 256, "SPLIT": True})
     yield Variant(
         "weighted_sum", "moe.weighted_sum", (*floats, "*fp32", "i32"),
         {"K_CHOSEN": 8, "HAS_BASE": True, "BLOCK": 256},
@@ -175,6 +189,16 @@ def variants() -> Iterator[Variant]:
         "delta_rule 128x128", "delta.delta_rule", ("*fp32",) * 7 + ("i32",) * 6 + ("fp32",),
         {"DK": 128, "DV": 128, "KEYS": 128, "BV": launch.VALUES},
     )  # fmt: skip
+    yield Variant("conv_step", "delta.conv_step", (*floats, "*fp32", "i32"), {"TAPS": 4, "BLOCK": 256})
+    yield Variant(
+        "delta_step 128x128", "delta.delta_step", ("*fp32",) * 7 + ("i32", "i32", "fp32"),
+        {"DK": 128, "DV": 128, "KEYS": 128, "BV": launch.STEP_VALUES},
+    )  # fmt: skip
+    for adds in (False, True):
+        yield Variant(
+            "add_norm" if adds else "norm and split", "norms.add_norm", ("*fp32",) * 6 + ("fp32", "i32"),
+            {"ADDS": adds, "BLOCK": 1024},
+        )  # fmt: skip
     for gated in (False, True):
         yield Variant(
             "gated_rms_norm" if gated else "rms_norm", "norms.rms_norm", (*floats, "*fp32", "fp32", "fp32", "i32"),

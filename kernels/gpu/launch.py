@@ -28,11 +28,17 @@ OPERAND_TYPE = tl.float32 if INTERPRETED else tl.bfloat16
 
 KINDS = {"int4": 0, "int8": 1, "e2m1": 2}
 SCALES = {"f16": 0, "e4m3": 1, "e8m0": 2}
-# Words of a tile that a program of a product with one row has at a time, and the shares a long row is cut into.
-STEPS, SHARE = 32, 256
+# A program of a product with one row has two tiles, or one, and so many words of each at a time: 8 a thread.
+ROWS, STEPS, TILE_STEPS = 32, 32, 64
+# With E8M0's scales that many spill for sm_100 (docs/kernels.md).
+E8M0_STEPS = 32
+# Programs that fill a card, and the fewest words of a row that are a program's share.
+FULL, LEAST_SHARE = 512, 128
 # A block of a product with many rows; 16 words are the 128 columns of the commonest block.
 BM, BN, WORDS = 16, 64, 16
-PLAIN_ROWS, PLAIN_COLS = 8, 256
+PLAIN_ROWS, PLAIN_COLS = 8, 512
+# Bytes that a thread reads at once.
+PLAIN_RUN = 16
 PLAIN_BM, PLAIN_BN, PLAIN_BK = 16, 64, 64
 # Tokens whose experts are read token by token.
 FEW_TOKENS = 4
@@ -58,6 +64,11 @@ def _format(w: Weight) -> dict[str, int | bool]:
     }
 
 
+def one_tile_steps(scale: str) -> int:
+    """Words at a time of a program with one tile."""
+    return E8M0_STEPS if scale == "e8m0" else TILE_STEPS
+
+
 def _steps(parts: tuple[Tensor, ...]) -> list[int]:
     """How far apart the matrices of a stack lie, in each of its parts."""
     return [part.stride(0) for part in parts]
@@ -71,38 +82,86 @@ def split(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+class Row:
+    """One row of activations f32 [1, K], and as products with tiled matrices read it, split once for all of them."""
+
+    def __init__(self, plain: Tensor, split_: Tensor | None = None) -> None:
+        self.plain = plain.float().contiguous()
+        self._split = split_
+
+    @property
+    def split(self) -> Tensor:
+        if self._split is None:
+            self._split = split(self.plain, torch.float32)
+        return self._split
+
+
 def product(x: Tensor, w: Weight) -> Tensor:
     """x f32 [T, K] times w -> f32 [T, N]."""
     tokens = x.shape[0]
+    if tokens == 1:
+        return row_product(Row(x), w)
     if w.spec.tile:
-        return _one_row(x, w) if tokens == 1 else _many_rows(x, w)
+        return _many_rows(x, w)
     out = torch.empty(tokens, w.rows, dtype=torch.float32, device=x.device)
     scaled = w.scales is not None
     scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
-    block = w.spec.block or w.cols
-    if tokens == 1:
-        rows = x.float().contiguous()
-        given = (rows, w.codes, scales, out, w.rows, w.cols, block, scaled)
-        matmul.gemv_plain[(-(-w.rows // PLAIN_ROWS),)](*given, PLAIN_ROWS, PLAIN_COLS)
+    grid = (-(-tokens // PLAIN_BM), -(-w.rows // PLAIN_BN))
+    sizes = (tokens, w.rows, w.cols, w.spec.block or w.cols, scaled, PLAIN_BM, PLAIN_BN, PLAIN_BK)
+    matmul.gemm_plain[grid](x.to(OPERAND).contiguous(), w.codes, scales, out, *sizes)
+    return out
+
+
+def row_product(x: Row, w: Weight, onto: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """A row times w -> f32 [1, N]. onto (base f32 [1, N], gate f32 [1, 1]): base + sigmoid(gate) times that."""
+    out = torch.empty(1, w.rows, dtype=torch.float32, device=x.plain.device)
+    if w.spec.tile:
+        words, blocks = w.cols // 8, -(-w.rows // ROWS)
+        # As many shares as it takes to fill a card, of whole steps; what they leave is read and written again.
+        shares = min(-(-FULL // blocks), -(-words // LEAST_SHARE))
+        share = -(-words // shares // STEPS) * STEPS
+        shares = -(-words // share)
+        parts = out if shares == 1 and onto is None else out.new_empty(shares, w.rows)
+        sizes = (w.rows, w.cols, share)
+        matmul.gemv_tiled[(blocks, shares)](x.split, *_parts(w), parts, *sizes, **_format(w), STEPS=STEPS, ROWS=ROWS)
     else:
-        grid = (-(-tokens // PLAIN_BM), -(-w.rows // PLAIN_BN))
-        rows = x.to(OPERAND).contiguous()
-        sizes = (tokens, w.rows, w.cols, block, scaled, PLAIN_BM, PLAIN_BN, PLAIN_BK)
-        matmul.gemm_plain[grid](rows, w.codes, scales, out, *sizes)
+        scaled, run, shares = w.scales is not None, PLAIN_RUN // w.codes.element_size(), 1
+        scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
+        parts = out if onto is None else torch.empty_like(out)
+        given = (x.plain, w.codes, scales, parts, w.rows, w.cols, w.spec.block or w.cols, scaled)
+        matmul.gemv_plain[(-(-w.rows // PLAIN_ROWS),)](*given, PLAIN_ROWS, PLAIN_COLS, run)
+    if parts is not out:
+        base, gate = (parts, parts) if onto is None else onto
+        grid = (-(-w.rows // 256),)
+        matmul.add_shares[grid](parts, base, gate, out, w.rows, shares, onto is not None, 256)
     return out
 
 
-def _one_row(x: Tensor, w: Weight) -> Tensor:
-    words = w.cols // 8
-    shares = -(-words // SHARE)
-    parts = torch.empty(shares, w.rows, dtype=torch.float32, device=x.device)
-    given = (split(x, torch.float32), *_parts(w), parts)
-    matmul.gemv_tiled[(w.rows // 16, shares)](*given, w.rows, w.cols, SHARE, **_format(w), STEPS=STEPS)
-    if shares == 1:
-        return parts
-    out = torch.empty(1, w.rows, dtype=torch.float32, device=x.device)
-    matmul.add_shares[(-(-w.rows // 256),)](parts, out, w.rows, shares, 256)
-    return out
+def add_norm(x: Tensor, y: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Row]:
+    """(x + y, its zero-centred norm) of rows f32 [1, H]; without y x itself is normed."""
+    rows = x.float().contiguous()
+    stream = rows if y is None else torch.empty_like(rows)
+    normed, split_ = torch.empty_like(rows), torch.empty_like(rows)
+    given = (rows, rows if y is None else y.float().contiguous(), w.float(), stream, normed, split_)
+    norms.add_norm[(1,)](*given, eps, rows.shape[1], y is not None, 1024)
+    return stream, Row(normed, split_)
+
+
+def row_swiglu(x: Row, gate: Weight, up: Weight, down: Weight, onto: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """down(silu(gate x) * up x) of a row, onto as `row_product` has it."""
+    if gate.spec.tile and gate.spec == up.spec and gate.codes.shape == up.codes.shape and _format(gate) == _format(up):
+        middle = torch.empty(1, gate.rows, dtype=torch.float32, device=x.plain.device)
+        given = (x.split, *_parts(gate), *_parts(up), middle, gate.cols, gate.rows)
+        moe.swiglu_tiled[(gate.rows // 16,)](*given, **_format(gate), STEPS=one_tile_steps(gate.spec.scale))
+        if down.spec.tile:
+            return row_product(Row(middle, middle), down, onto)
+        made = Row(middle.view(8, -1).T.reshape(1, -1))
+    else:
+        both = torch.cat([row_product(x, gate), row_product(x, up)], 1)
+        middle = torch.empty(1, gate.rows, dtype=torch.float32, device=x.plain.device)
+        moe.silu_times[(1, -(-gate.rows // 256))](both, middle, gate.rows, 256, down.spec.tile)
+        made = Row(middle, middle)
+    return row_product(made, down, onto)
 
 
 def _many_rows(x: Tensor, w: Weight) -> Tensor:
@@ -141,7 +200,7 @@ def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight:
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
     moe.down_tiled[(tokens, hidden // 16)](
         middle, index, weight, *second, out if base is None else base.contiguous(), out, hidden, inner,
-        *_steps(second), k, base is not None, **_format(down), STEPS=STEPS,
+        *_steps(second), k, base is not None, **_format(down), STEPS=one_tile_steps(down.spec.scale),
     )  # fmt: skip
     return out
 
@@ -167,7 +226,7 @@ def _many_tokens(
     table = (order, matrix, first, last)
     _grouped(split(x, OPERAND), gate_up, both, every // k, *table, _steps(_parts(gate_up)))
     middle = torch.empty(pairs, inner, dtype=OPERAND, device=device)
-    moe.silu_times[(pairs, -(-inner // 256))](both, middle, inner, 256)
+    moe.silu_times[(pairs, -(-inner // 256))](both, middle, inner, 256, True)
     rows = torch.empty(pairs, hidden, dtype=torch.float32, device=device)
     _grouped(middle, down, rows, every, *table, _steps(_parts(down)))
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=device)
@@ -194,12 +253,13 @@ def gated_rms_norm(o: Tensor, w: Tensor, z: Tensor, eps: float) -> Tensor:
     return out
 
 
-# Positions of a split, at least (of a step of decoding fewer: there all else is small), and programs that are enough to
-# fill a card.
-SPLIT, STEP_SPLIT, PROGRAMS = 256, 64, 256
+# Positions of a split, at least, and programs at most: of a prompt, and of one token, whose splits' results would
+# otherwise be as many bytes as a short cache.
+SPLIT, PROGRAMS = 256, 256
+STEP_SPLIT, STEP_PROGRAMS = 64, 128
 ATTEND_ROWS, ATTEND_KEYS, ATTEND_WARPS = 16, 32, 8
 HEAD_SIZES = (32, 64, 128, 256)
-VALUES = 16
+VALUES, STEP_VALUES = 16, 32
 
 
 def attention(
@@ -231,7 +291,8 @@ def _attend(
     shared, rows = heads // groups, tokens * heads
     blocks = -(-tokens * shared // ATTEND_ROWS)
     least = 0 if place is None else STEP_SPLIT
-    splits = max(1, min(-(-length // (least or SPLIT)), PROGRAMS // (blocks * groups)))
+    programs = STEP_PROGRAMS if least else PROGRAMS
+    splits = max(1, min(-(-length // (least or SPLIT)), programs // (blocks * groups)))
     parts = torch.empty(splits, rows, 2, dtype=torch.float32, device=q.device)
     mixed = torch.empty(splits, rows, size, dtype=torch.float32, device=q.device)
     given = q.float().contiguous()
@@ -309,6 +370,24 @@ def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def power_of_two(size: int) -> int:
     """The smallest that is not below size."""
     return 1 << (size - 1).bit_length()
+
+
+def delta_net(
+    qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, conv_state: Tensor, decay: Tensor,
+    dt_bias: Tensor, norm: Tensor, eps: float, state: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `qwenrun.kernels.ops.delta_net`, for one token; both states are contiguous float32."""
+    (heads, dk, dv), channels, taps = state.shape, qkv.shape[1], conv_weight.shape[1]
+    mixed = torch.empty(channels, dtype=torch.float32, device=qkv.device)
+    weight = conv_weight.float().contiguous()
+    delta.conv_step[(-(-channels // 256),)](qkv.float().contiguous(), weight, conv_state, mixed, channels, taps, 256)
+    out = torch.empty(1, heads, dv, dtype=torch.float32, device=qkv.device)
+    gates = [x.float().contiguous() for x in (a, b, decay, dt_bias)]
+    delta.delta_step[(heads, -(-dv // STEP_VALUES))](
+        mixed, *gates, state, out, (channels - heads * dv) // (2 * dk), heads, dk**-0.5, dk, dv, power_of_two(dk),
+        STEP_VALUES,
+    )  # fmt: skip
+    return gated_rms_norm(out, norm, z.view(1, heads, dv), eps).view(1, -1)
 
 
 def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:

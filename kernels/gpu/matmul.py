@@ -33,19 +33,23 @@ def zero_point(zeros, place, rows, mask):
 
 
 @triton.jit
-def tile_sums(x, codes, scales, zeros, tile, first, last, K, KIND: tl.constexpr, SCALE: tl.constexpr,
-              ZERO: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
-    """f32 [16]: the rows of one tile times one split row x, over the words first..last-1."""
-    rows = tl.arange(0, 16)[None, :]
-    acc = tl.zeros([STEPS, 16], tl.float32)
+def tile_sums(x, codes, scales, zeros, tiles, there, first, last, K, KIND: tl.constexpr, SCALE: tl.constexpr,
+              ZERO: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """f32 [ROWS]: rows of tiles times one split row x, over the words first..last-1.
+
+    ROWS is a multiple of 16; row r is row r % 16 of tile tiles[r], if there[r].
+    """
+    lane = (tl.arange(0, ROWS) % 16)[None, :]
+    line = tiles[None, :] * (K // 8)
+    acc = tl.zeros([STEPS, ROWS], tl.float32)
     for start in range(first, last, STEPS):
         step = start + tl.arange(0, STEPS)
         inside = step < last
-        mask = inside[:, None]
-        word = tl.load(codes + (tile * (K // 8) + step)[:, None] * 16 + rows, mask=mask, other=0)
-        place = (tile * (K // BLOCK) + step * 8 // BLOCK)[:, None]
-        by = scale_of(tl.load(scales + place * 16 + rows, mask=mask, other=0), SCALE)
-        sums = tl.zeros([STEPS, 16], tl.float32)
+        mask = inside[:, None] & there[None, :]
+        word = tl.load(codes + (line + step[:, None]) * 16 + lane, mask=mask, other=0)
+        place = tiles[None, :] * (K // BLOCK) + (step * 8 // BLOCK)[:, None]
+        by = scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE)
+        sums = tl.zeros([STEPS, ROWS], tl.float32)
         plain = tl.zeros([STEPS], tl.float32)
         for j in tl.static_range(4):
             a = tl.load(x + j * (K // 8) + step, mask=inside, other=0.0)
@@ -55,7 +59,7 @@ def tile_sums(x, codes, scales, zeros, tile, first, last, K, KIND: tl.constexpr,
             plain += a + b
         if KIND == 0:
             if ZERO:
-                sums -= zero_point(zeros, place, rows, mask) * plain[:, None]
+                sums -= zero_point(zeros, place, lane, mask) * plain[:, None]
             else:
                 sums -= 8.0 * plain[:, None]
         acc += sums * by
@@ -73,23 +77,32 @@ def tensor_scale_of(scales, row, N, COUNT: tl.constexpr):
 
 @triton.jit
 def gemv_tiled(x, codes, scales, zeros, tensor_scales, out, N, K, SHARE, KIND: tl.constexpr, SCALE: tl.constexpr,
-               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
-    """One split row x f32: out f32 [shares, N], the sums over each share of SHARE words. Programs: tiles, shares."""
-    tile, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
+               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+               ROWS: tl.constexpr):  # fmt: skip
+    """One split row x f32: out f32 [shares, N], the sums over each SHARE words. Programs: ROWS of N, shares."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < N
+    share = tl.program_id(1)
     first = share * SHARE
     last = tl.minimum(first + SHARE, K // 8)
-    sums = tile_sums(x, codes, scales, zeros, tile, first, last, K, KIND, SCALE, ZERO, BLOCK, STEPS)
-    row = tile * 16 + tl.arange(0, 16)
-    tl.store(out + share * N + row, sums * tensor_scale_of(tensor_scales, row, N, TENSOR))
+    sums = tile_sums(x, codes, scales, zeros, row // 16, there, first, last, K, KIND, SCALE, ZERO, BLOCK, STEPS, ROWS)
+    by = tensor_scale_of(tensor_scales, tl.minimum(row, N - 1), N, TENSOR)
+    tl.store(out + share * N + row, sums * by, mask=there)
 
 
 @triton.jit
-def add_shares(parts, out, N, SHARES: tl.constexpr, BLOCK: tl.constexpr):
-    """out f32 [N]: the sum of parts [SHARES, N], in order. Programs: blocks of N."""
+def add_shares(parts, base, gate, out, N, SHARES: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr):
+    """out f32 [N]: the sum of parts [SHARES, N], in order; with ONTO base + sigmoid(gate) times that, gate f32 [1].
+
+    Programs: blocks of N.
+    """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for share in tl.static_range(SHARES):
         total += tl.load(parts + share * N + at, mask=at < N, other=0.0)
+    if ONTO:
+        by = 1.0 / (1.0 + tl.exp(-tl.load(gate)))
+        total = tl.load(base + at, mask=at < N, other=0.0) + by * total
     tl.store(out + at, total, mask=at < N)
 
 
@@ -165,17 +178,28 @@ def plain_block(codes, scales, row, at, mask, K, BLOCK: tl.constexpr, SCALED: tl
 
 @triton.jit
 def gemv_plain(x, codes, scales, out, N, K, BLOCK: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr,
-               BK: tl.constexpr):  # fmt: skip
-    """One row x f32 [K] times rows side by side: out f32 [N]. Programs: blocks of BN rows."""
-    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
-    acc = tl.zeros([BN, BK], tl.float32)
+               BK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+    """One row x f32 [K] times rows side by side: out f32 [N]. Programs: blocks of BN rows.
+
+    RUN columns, what a thread reads at once, lie in one block and have one scale.
+    """
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    there = row < N
+    acc = tl.zeros([BN, BK // RUN, RUN], tl.float32)
     for start in range(0, K, BK):
-        at = start + tl.arange(0, BK)
-        mask = (row < N) & (at < K)[None, :]
-        value = plain_block(codes, scales, row, at[None, :], mask, K, BLOCK, SCALED)
-        acc += value * tl.load(x + at, mask=at < K, other=0.0)[None, :]
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    tl.store(out + n, tl.sum(acc, 1), mask=n < N)
+        run = start + tl.arange(0, BK // RUN) * RUN
+        at = run[:, None] + tl.arange(0, RUN)[None, :]
+        inside = run < K
+        mask = there[:, None, None] & inside[None, :, None] & (at < K)[None, :, :]
+        value = tl.load(codes + row[:, None, None] * K + at[None, :, :], mask=mask, other=0).to(tl.float32)
+        given = tl.load(x + at, mask=at < K, other=0.0)
+        if SCALED:
+            place = row[:, None] * (K // BLOCK) + (run // BLOCK)[None, :]
+            by = scale_of(tl.load(scales + place, mask=there[:, None] & inside[None, :], other=0), 0)
+            acc += value * given[None, :, :] * by[:, :, None]
+        else:
+            acc += value * given[None, :, :]
+    tl.store(out + row, tl.sum(tl.sum(acc, 2), 1), mask=there)
 
 
 @triton.jit

@@ -24,16 +24,31 @@ def gate_up_tiled(x, index, codes, scales, zeros, tensor_scales, middle, H, INNE
     codes += matrix * codes_step
     scales += matrix * scales_step
     zeros += matrix * zeros_step
-    row = tile * 16 + tl.arange(0, 16)
     x += pair // K_CHOSEN * H
-    gate = tile_sums(x, codes, scales, zeros, tile, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS)
-    other = tile + INNER // 16
-    up = tile_sums(x, codes, scales, zeros, other, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS)
-    tensor_scales += matrix * tensor_step
-    gate *= tensor_scale_of(tensor_scales, row, 2 * INNER, TENSOR)
-    up *= tensor_scale_of(tensor_scales, row + INNER, 2 * INNER, TENSOR)
+    # A tile of the gate and the same one of up, side by side: x is read once for both.
+    both = tl.arange(0, 32)
+    tiles = tile + both // 16 * (INNER // 16)
+    sums = tile_sums(x, codes, scales, zeros, tiles, both < 32, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS, 32)
+    sums *= tensor_scale_of(tensor_scales + matrix * tensor_step, tiles * 16, 2 * INNER, TENSOR)
+    gate, up = tl.split(tl.trans(tl.reshape(sums, [2, 16])))
+    row = tile * 16 + tl.arange(0, 16)
     made = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(middle + pair * INNER + (row % 8) * (INNER // 8) + row // 8, made)
+
+
+@triton.jit
+def swiglu_tiled(x, g_codes, g_scales, g_zeros, g_tensor, u_codes, u_scales, u_zeros, u_tensor, middle, H, INNER,
+                 KIND: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, TENSOR: tl.constexpr,
+                 BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """The same of one split row x f32 and two matrices [INNER, H]: middle f32 [8, INNER / 8]. Programs: tiles."""
+    row = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
+    tiles, there = row // 16, row < INNER
+    gate = tile_sums(x, g_codes, g_scales, g_zeros, tiles, there, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS, 16)
+    up = tile_sums(x, u_codes, u_scales, u_zeros, tiles, there, 0, H // 8, H, KIND, SCALE, ZERO, BLOCK, STEPS, 16)
+    gate *= tensor_scale_of(g_tensor, row, INNER, TENSOR)
+    up *= tensor_scale_of(u_tensor, row, INNER, TENSOR)
+    made = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(middle + (row % 8) * (INNER // 8) + row // 8, made)
 
 
 @triton.jit
@@ -52,8 +67,8 @@ def down_tiled(middle, index, weight, codes, scales, zeros, tensor_scales, base,
         pair = t * K_CHOSEN + j
         matrix = tl.load(index + pair)
         sums = tile_sums(middle + pair * INNER, codes + matrix * codes_step, scales + matrix * scales_step,
-                         zeros + matrix * zeros_step, tile, 0, INNER // 8, INNER, KIND, SCALE, ZERO, BLOCK,
-                         STEPS)  # fmt: skip
+                         zeros + matrix * zeros_step, row // 16, row < H, 0, INNER // 8, INNER, KIND, SCALE, ZERO,
+                         BLOCK, STEPS, 16)  # fmt: skip
         sums *= tensor_scale_of(tensor_scales + matrix * tensor_step, row, H, TENSOR)
         total += sums * tl.load(weight + pair)
     if HAS_BASE:
@@ -62,8 +77,8 @@ def down_tiled(middle, index, weight, codes, scales, zeros, tensor_scales, base,
 
 
 @triton.jit
-def silu_times(both, middle, INNER, BLOCK: tl.constexpr):
-    """both f32 [rows, 2 INNER], gate then up -> middle [rows, 8, INNER / 8], split: silu(gate) * up.
+def silu_times(both, middle, INNER, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
+    """both f32 [rows, 2 INNER], gate then up -> middle [rows, INNER], silu(gate) * up, split with SPLIT.
 
     Programs: rows, blocks of INNER.
     """
@@ -73,7 +88,7 @@ def silu_times(both, middle, INNER, BLOCK: tl.constexpr):
     gate = tl.load(both + r * 2 * INNER + at, mask=mask, other=0.0)
     up = tl.load(both + r * 2 * INNER + INNER + at, mask=mask, other=0.0)
     made = gate / (1.0 + tl.exp(-gate)) * up
-    to = (at % 8) * (INNER // 8) + at // 8
+    to = (at % 8) * (INNER // 8) + at // 8 if SPLIT else at
     tl.store(middle + r * INNER + to, made.to(middle.dtype.element_ty), mask=mask)
 
 

@@ -1,4 +1,4 @@
-"""Triton: norms. Knows no torch."""
+"""Triton: norms, and the sum before one. Knows no torch."""
 
 from __future__ import annotations
 
@@ -25,3 +25,27 @@ def rms_norm(x, w, z, out, shift, eps, SIZE, GATED: tl.constexpr, BLOCK: tl.cons
             gate = tl.load(z + r * SIZE + at, mask=mask, other=0.0)
             v *= gate / (1.0 + tl.exp(-gate))
         tl.store(out + r * SIZE + at, v, mask=mask)
+
+
+@triton.jit
+def add_norm(x, y, w, stream, normed, split, eps, SIZE, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: stream f32 [SIZE] is x + y (with ADDS, else x is), normed its zero-centred norm, and split the same as
+    `matmul.split_rows` gives it. One program."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        v = tl.load(x + at, mask=at < SIZE, other=0.0)
+        if ADDS:
+            v += tl.load(y + at, mask=at < SIZE, other=0.0)
+            tl.store(stream + at, v, mask=at < SIZE)
+        total += v * v
+    by = 1.0 / tl.sqrt(tl.sum(total, 0) / SIZE + eps)
+    # What one thread wrote another may read.
+    tl.debug_barrier()
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < SIZE
+        v = tl.load((stream if ADDS else x) + at, mask=mask, other=0.0) * by
+        v *= tl.load(w + at, mask=mask, other=0.0) + 1.0
+        tl.store(normed + at, v, mask=mask)
+        tl.store(split + (at % 8) * (SIZE // 8) + at // 8, v, mask=mask)

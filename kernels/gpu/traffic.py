@@ -1,0 +1,285 @@
+"""Counts what decoding one token moves: every address that a kernel asks for, under Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m qwenrun.kernels.gpu.traffic [--json] [--page docs/traffic.md] [--only NAME]
+
+Memory moves in sectors of 32 bytes. A sector counts once a launch (what is asked for again is in the caches) and once
+in `asked` for every program that asks for it, which is what the caches have to give. What torch does around the kernels
+counts too. Scratch is what an op writes and reads again itself: it is a few MB at most and stays in a card's L2, and it
+is counted all the same. Nothing here is a speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from qwenrun.kernels import gpu, ref
+from qwenrun.kernels.cases import SPECS
+from qwenrun.kernels.ops import FACTORIES
+from qwenrun.kernels.spec import BlockSpec
+from qwenrun.kernels.weight import Weight
+
+SECTOR = 32
+BOUND = 1.05
+
+
+@dataclass(frozen=True)
+class Step:
+    """An op that a decoded token asks of a card, with its arguments. minimum: bytes to be read or written however it is
+    done."""
+
+    name: str
+    op: str
+    arguments: tuple[Any, ...]
+    minimum: int
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a step moved, in bytes: memory that outlives it, scratch, and what its programs asked the caches for."""
+
+    name: str
+    minimum: int
+    kept: int
+    scratch: int
+    asked: int
+    launches: int
+
+    @property
+    def ratio(self) -> float:
+        return (self.kept + self.scratch) / self.minimum
+
+
+class _Meter(TorchDispatchMode):
+    """Sees every load and store of the interpreter, and every call of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Sectors that the program, and that the programs before it of the same launch asked for: to read, to write.
+        self._program: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        self._launch: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        self.sectors: dict[int, int] = {}
+        self.asked = self.launches = 0
+
+    def touch(self, addresses: np.ndarray, width: int, write: bool) -> None:
+        """Bytes at addresses, each `width` long."""
+        ends = [addresses // SECTOR, (addresses + (width - 1)) // SECTOR]
+        self._program[write].append(np.unique(np.concatenate(ends)))
+
+    def next_program(self) -> None:
+        for own, all_ in zip(self._program, self._launch):
+            if own:
+                distinct = np.unique(np.concatenate(own))
+                self.asked += distinct.size * SECTOR
+                all_.append(distinct)
+                own.clear()
+
+    def launched(self) -> None:
+        """A launch is done: each of its sectors was read once, or written once, or both."""
+        self.next_program()
+        for all_ in self._launch:
+            if all_:
+                for sector in np.unique(np.concatenate(all_)).tolist():
+                    self.sectors[sector] = self.sectors.get(sector, 0) + 1
+                all_.clear()
+        self.launches += 1
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outs = function(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(outs) if isinstance(t, Tensor)]
+        owners = {t.untyped_storage()._cdata for t in given}
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
+        views = all(t.untyped_storage()._cdata in owners for t in made) and not writes
+        if not views and not function._schema.name.startswith("aten::empty"):
+            for write, tensors in enumerate((given, made)):
+                for tensor in tensors:
+                    self.touch(np.arange(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, SECTOR), 1, bool(write))
+            self.launched()
+        return outs
+
+
+@contextmanager
+def _metered(meter: _Meter) -> Iterator[None]:
+    """Have the interpreter tell `meter` of what its kernels do. Memory is counted at its own addresses."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, index, run = (
+        builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx, executor.__call__,
+    )  # fmt: skip
+
+    def pointers(handle: Any, mask: Any, write: bool) -> None:
+        size = max(1, handle.get_element_ty().primitive_bitwidth // 8)
+        meter.touch(np.broadcast_to(handle.data, mask.data.shape)[mask.data].astype(np.int64).ravel(), size, write)
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        pointers(ptrs, mask, False)
+        return load(self, ptrs, mask, *rest)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        pointers(ptrs, mask, True)
+        return store(self, ptrs, value, mask, *rest)
+
+    def grid_idx(self: Any, *at: Any) -> Any:
+        meter.next_program()
+        return index(self, *at)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            run(self, *args, **kwargs)
+        meter.launched()
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    builder.set_grid_idx, executor.__call__ = grid_idx, call
+    try:
+        with meter:
+            yield
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        builder.set_grid_idx, executor.__call__ = index, run
+
+
+def measure(step: Step) -> Moved:
+    """Do the step once, uncounted, and once more."""
+    own = FACTORIES.get(step.op, 0)
+    kernel: Callable[..., Any] = getattr(gpu, step.op)
+    work = kernel(*step.arguments[:own]) if own else kernel
+    given = step.arguments[own:]
+    work(*given)
+    meter = _Meter()
+    with _metered(meter):
+        made = work(*given)
+    # Sorted runs of sectors of what was there before or is there after.
+    lasting = [t.untyped_storage() for t in _tensors((step.arguments, made))]
+    spans = sorted({(s.data_ptr() // SECTOR, (s.data_ptr() + s.nbytes() - 1) // SECTOR) for s in lasting})
+    starts, ends = np.array(spans).T
+    at, times = np.array(list(meter.sectors)), np.array(list(meter.sectors.values()))
+    which = np.clip(np.searchsorted(starts, at, side="right") - 1, 0, None)
+    kept = int(times[(at >= starts[which]) & (at <= ends[which])].sum()) * SECTOR
+    total = int(times.sum()) * SECTOR
+    return Moved(step.name, step.minimum, kept, total - kept, meter.asked, meter.launches)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors in it, those of weights too."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Weight):
+            yield from leaf.parts.values()
+        elif isinstance(leaf, Tensor):
+            yield leaf
+
+
+def nbytes(*values: Any) -> int:
+    """Bytes of all tensors in them."""
+    return sum(t.nbytes for t in _tensors(values))
+
+
+def steps(cut: int = 1) -> Iterator[Step]:
+    """What a layer of the 122B asks of a card for one token, with two experts of its eight: each takes the same.
+
+    cut: that many times fewer rows, heads and positions, for a test.
+    """
+    hidden, inner, chosen = 3072, 1024, 2
+    dense = {"int4-g128": "int4-g128-tiled", "nvfp4": "nvfp4-tiled", "int8-g128": "int8-g128", "bf16": "bf16"}
+    for name, storage in dense.items():
+        for part, rows, cols in (("qkv", 12288, hidden), ("out", hidden, 8192)):
+            x, w = torch.randn(1, cols), ref.encode(torch.randn(rows // cut, cols), SPECS[storage])
+            yield Step(f"linear {part} {name}", "linear", (x, w), nbytes(x, w) + 4 * w.rows)
+    for name in ("int4-g128", "nvfp4"):
+        spec, width, size = SPECS[dense[name]], max(hidden // cut, 256), max(inner // cut, 128)
+        gate_up = ref.encode(torch.randn(chosen, 2 * size, width), spec, tensor_scales=2)
+        down = ref.encode(torch.randn(chosen, width, size), spec)
+        given: tuple[Any, ...] = (
+            torch.randn(1, width) / 8,
+            gate_up,
+            down,
+            torch.arange(chosen)[None],
+            torch.rand(1, chosen),
+        )
+        given = (*given, torch.randn(1, width))
+        yield Step(f"experts {name}", "experts", given, nbytes(given) + 4 * width)
+    for name in ("bf16", "int8"):
+        for length in (4096 // cut, 32768 // cut, 262144 // cut):
+            q, k, v = torch.randn(1, 32, 256), torch.randn(1, 2, 256), torch.randn(1, 2, 256)
+            caches: list[Any] = [torch.randn(length, 2, 256).bfloat16() for _ in range(2)]
+            if name == "int8":
+                caches = [ref.encode(cache.float(), BlockSpec("int8", 256, "f16")) for cache in caches]
+            given = (q, k, v, *caches, torch.tensor([length - 1]), 0.0625)
+            least = nbytes(given) + nbytes(caches) // length + nbytes(q)
+            yield Step(f"attention {name} {length:,}", "decode_attention", given, least)
+    heads, keys = 64 // cut, 16 // cut
+    channels, values = (2 * keys + heads) * 128, heads * 128
+    state, window = torch.randn(heads, 128, 128), torch.randn(3, channels)
+    vectors = (torch.randn(channels, 4), window, -torch.rand(heads), torch.randn(heads), torch.randn(128), 1e-6, state)
+    given = (torch.randn(1, channels), torch.randn(1, values), torch.randn(1, heads), torch.randn(1, heads), *vectors)
+    yield Step("delta_net", "delta_net", given, nbytes(given) + nbytes(state, window) + 4 * values)
+    for storage in ("int4-g128-tiled", "int8-g128"):
+        size = max(inner // cut, 128)
+        shapes = ((size, hidden), (size, hidden), (hidden, size))
+        shared = [ref.encode(torch.randn(*shape) / 8, SPECS[storage]) for shape in shapes]
+        router, gate = (Weight.plain(torch.randn(rows, hidden).bfloat16()) for rows in (256 // cut, 1))
+        given = (torch.randn(hidden), 1e-6, router, 2, *shared, gate, torch.randn(1, hidden), torch.randn(1, hidden))
+        yield Step(f"moe_entry {storage}", "moe_entry", given, nbytes(given) + 12 * hidden)
+
+
+def page(found: Sequence[Moved]) -> str:
+    """docs/traffic.md."""
+    lines = [
+        "# What decoding one token moves on a card",
+        "",
+        "Written by `make gpu-traffic`, which counts the addresses that the kernels ask for, under Triton's",
+        "interpreter, at the sizes of the 122B. Memory moves in sectors of 32 bytes; a sector counts once a launch.",
+        "`minimum` is what is read and written however it is done: weights, caches and states, what goes in and what",
+        "comes out. `scratch` is what an op writes and reads again itself, which stays in a card's L2; it is in the",
+        "ratio. `asked of the caches`: each sector once for every program that asks for it. Nothing here is a speed.",
+        "",
+        "| step | minimum | memory | of it scratch | memory / minimum | asked of the caches / minimum | launches |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        lines.append(
+            f"| {one.name} | {one.minimum:,} | {one.kept + one.scratch:,} | {one.scratch:,} | {one.ratio:.3f} "
+            f"| {one.asked / one.minimum:.2f} | {one.launches} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit code is 1 if a step moves more than it has to and BOUND allows."""
+    parser = argparse.ArgumentParser("python -m qwenrun.kernels.gpu.traffic", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--only", default="", metavar="NAME", help="steps whose name has this in it")
+    options = parser.parse_args(arguments)
+    if not gpu.INTERPRETED:
+        parser.error("addresses are seen under the interpreter alone: set TRITON_INTERPRET=1")
+    found = []
+    for step in steps():
+        if options.only in step.name:
+            found.append(measure(step))
+            print(f"{step.name}: {found[-1].ratio:.3f} of the minimum", file=sys.stderr)
+    if options.page:
+        options.page.write_text(page(found))
+    if options.json:
+        document = [asdict(one) | {"ratio": one.ratio} for one in found]
+        print(json.dumps({"schema": "qwenrun-gpu-traffic/1", "steps": document}, indent=1))
+    else:
+        print(page(found), end="")
+    return int(any(one.ratio > BOUND for one in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
