@@ -22,11 +22,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-TARGETS = (80, 89, 90, 100, 120)
+from qwenrun.kernels.cases import SPECS
+from qwenrun.kernels.gpu.tiles import TARGETS, Tile, choose
+from qwenrun.kernels.spec import BlockSpec
+
 # Bytes of shared memory a block may use (CUDA C programming guide, table of compute capabilities).
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
-STAGES = 3
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Variant:
     """A kernel at the sizes it is launched with: the types of its arguments, and its constants by name.
 
     A type among the constants is named as Triton's language names types. products: it has to use tensor cores.
+    targets: the cards it is launched on.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Variant:
     constants: Mapping[str, int | bool | str] = field(default_factory=dict)
     products: bool = False
     warps: int = 4
+    stages: int = 3
+    targets: tuple[int, ...] = TARGETS
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,9 @@ def variants() -> Iterator[Variant]:
     """Every kernel in every form that the packs' recipes have."""
     from qwenrun.kernels.gpu import launch
 
-    forms = {
-        "int4-g128": {"KIND": 0, "SCALE": 0, "ZERO": False, "TENSOR": 0, "BLOCK": 128},
-        "int4-g32": {"KIND": 0, "SCALE": 0, "ZERO": False, "TENSOR": 0, "BLOCK": 32},
-        "int4-g128-zero": {"KIND": 0, "SCALE": 0, "ZERO": True, "TENSOR": 0, "BLOCK": 128},
-        "nvfp4": {"KIND": 2, "SCALE": 1, "ZERO": False, "TENSOR": 2, "BLOCK": 16},
-        "mxfp4": {"KIND": 2, "SCALE": 2, "ZERO": False, "TENSOR": 0, "BLOCK": 32},
-    }
-    for form, constants in forms.items():
+    for form in ("int4-g128", "int4-g32", "int4-g128-zero", "nvfp4", "mxfp4"):
+        spec = SPECS[f"{form}-tiled"]
+        constants = launch.format_of(spec, 2 if spec.tensor_scale else 0)
         parts = ("*i32", "*u16" if constants["SCALE"] == 0 else "*u8", "*u8" if constants["ZERO"] else "*i32")
         scales = "*fp32" if constants["TENSOR"] else "*i32"
         weights, steps = (*parts, scales), {**constants, "STEPS": launch.STEPS}
@@ -103,13 +103,17 @@ def variants() -> Iterator[Variant]:
             ("*fp32", "*i64", "*fp32", *weights, "*fp32", "*fp32", "i32", "i32", *strides),
             {"K_CHOSEN": 8, "HAS_BASE": True, **one_tile},
         )
-        yield Variant(
-            f"gemm_tiled {form}",
-            "matmul.gemm_tiled",
-            ("*bf16", *weights, "*fp32", *["*i64"] * 5, "i32", "i32", *strides),
-            {**constants, "STEPS": launch.WORDS, "BM": launch.BM, "BN": launch.BN},
-            products=True,
-        )
+        for tile, targets in _tiles(spec):
+            yield Variant(
+                f"gemm_tiled {form} {tile.rows}x{tile.cols} w{tile.warps}",
+                "matmul.gemm_tiled",
+                ("*bf16", *weights, "*fp32", *["*i64"] * 5, "i32", "i32", "i32", *strides),
+                {**constants, "BM": tile.rows, "BN": tile.cols},
+                products=True,
+                warps=tile.warps,
+                stages=tile.stages,
+                targets=targets,
+            )
     for form, codes, scaled, block in (("int8-g128", "*i8", True, 128), ("bf16", "*bf16", False, 2048)):
         scales = "*u16" if scaled else codes
         constants = {"BLOCK": block, "SCALED": scaled}
@@ -124,22 +128,28 @@ def variants() -> Iterator[Variant]:
                 "RUN": launch.PLAIN_RUN // (1 if scaled else 2),
             },
         )
-        yield Variant(
-            f"gemm_plain {form}",
-            "matmul.gemm_plain",
-            ("*bf16", codes, scales, "*fp32", "i32", "i32", "i32"),
-            {**constants, "BM": launch.PLAIN_BM, "BN": launch.PLAIN_BN, "BK": launch.PLAIN_BK},
-            products=True,
-        )
+        for tile, targets in _tiles(SPECS[form]):
+            yield Variant(
+                f"gemm_plain {form} {tile.rows}x{tile.cols} w{tile.warps}",
+                "matmul.gemm_plain",
+                ("*bf16", codes, scales, "*fp32", "i32", "i32", "i32"),
+                {**constants, "BM": tile.rows, "BN": tile.cols, "BK": launch.plain_columns(block)},
+                products=True,
+                warps=tile.warps,
+                stages=tile.stages,
+                targets=targets,
+            )
     floats = ("*fp32", "*fp32", "*fp32")
-    for operand in ("fp32", "bf16"):
-        yield Variant(f"split_rows {operand}", "matmul.split_rows", ("*fp32", f"*{operand}", "i32"), {"BLOCK": 1024})
+    yield Variant("split_rows", "matmul.split_rows", ("*fp32", "*fp32", "i32"), {"BLOCK": 1024})
+    yield Variant("split_blocks", "matmul.split_blocks", ("*fp32", "*bf16", "i32", "i32"))
     for onto in (False, True):
         yield Variant(
             "add_shares onto" if onto else "add_shares", "matmul.add_shares", (*floats, "*fp32", "i32"),
             {"SHARES": 2, "ONTO": onto, "BLOCK": 256},
         )  # fmt: skip
-    yield Variant("silu_times", "moe.silu_times", ("*fp32", "*bf16", "i32"), {"BLOCK": 256, "SPLIT": True})
+    for order, (form, made) in enumerate((("", "*fp32"), (" split", "*fp32"), (" split in blocks", "*bf16"))):
+        types = ("*fp32", made, "i32", "i32")
+        yield Variant(f"silu_times{form}", "moe.silu_times", types, {"BLOCK": 256, "FORM": order})
     yield Variant(
         "weighted_sum", "moe.weighted_sum", (*floats, "*fp32", "i32"),
         {"K_CHOSEN": 8, "HAS_BASE": True, "BLOCK": 256},
@@ -206,6 +216,13 @@ def variants() -> Iterator[Variant]:
         )  # fmt: skip
 
 
+def _tiles(spec: BlockSpec) -> Iterator[tuple[Tile, tuple[int, ...]]]:
+    """The tiles that products of many rows have with matrices stored so, and the cards on which they do."""
+    used = {target: {choose(rows, spec, target) for rows in (1, 33, 65)} for target in TARGETS}
+    for tile in dict.fromkeys(tile for target in TARGETS for tile in sorted(used[target], key=lambda t: t.rows)):
+        yield tile, tuple(target for target in TARGETS if tile in used[target])
+
+
 @cache
 def _tool(name: str) -> str:
     import triton
@@ -235,7 +252,7 @@ def compile_variant(variant: Variant, target: int) -> Compiled:
         for n, value in variant.constants.items()
     }
     source = ASTSource(function, signature, constexprs=constants, attrs=whole)
-    options = {"num_warps": variant.warps, "num_stages": STAGES, "enable_fp_fusion": True}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -295,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name has this in it")
     options = parser.parse_args(arguments)
     chosen = [v for v in variants() if options.only in v.name]
-    work = [(variant, target) for variant in chosen for target in TARGETS]
+    work = [(variant, target) for variant in chosen for target in variant.targets]
     found = []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for one in pool.map(_compile, work):

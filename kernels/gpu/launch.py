@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenrun.kernels import ref
-from qwenrun.kernels.gpu import attend, choice, delta, matmul, moe, norms, rotary
+from qwenrun.kernels.gpu import attend, choice, delta, matmul, moe, norms, rotary, tiles
+from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,12 +35,9 @@ ROWS, STEPS, TILE_STEPS = 32, 32, 64
 E8M0_STEPS = 32
 # Programs that fill a card, and the fewest words of a row that are a program's share.
 FULL, LEAST_SHARE = 512, 128
-# A block of a product with many rows; 16 words are the 128 columns of the commonest block.
-BM, BN, WORDS = 16, 64, 16
 PLAIN_ROWS, PLAIN_COLS = 8, 512
 # Bytes that a thread reads at once.
 PLAIN_RUN = 16
-PLAIN_BM, PLAIN_BN, PLAIN_BK = 16, 64, 64
 # Tokens whose experts are read token by token.
 FEW_TOKENS = 4
 
@@ -53,15 +51,19 @@ def _parts(w: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codes, scales, zeros, codes if w.tensor_scale is None else w.tensor_scale
 
 
-def _format(w: Weight) -> dict[str, int | bool]:
-    count = 0 if w.tensor_scale is None else w.tensor_scale.shape[-1]
+def format_of(spec: BlockSpec, tensor_scales: int) -> dict[str, int | bool]:
+    """What the kernels of tiled matrices are told of them."""
     return {
-        "KIND": KINDS[w.spec.codes],
-        "SCALE": SCALES[w.spec.scale],
-        "ZERO": w.spec.zero,
-        "TENSOR": count,
-        "BLOCK": w.spec.block,
+        "KIND": KINDS[spec.codes],
+        "SCALE": SCALES[spec.scale],
+        "ZERO": spec.zero,
+        "TENSOR": tensor_scales,
+        "BLOCK": spec.block,
     }
+
+
+def _format(w: Weight) -> dict[str, int | bool]:
+    return format_of(w.spec, 0 if w.tensor_scale is None else w.tensor_scale.shape[-1])
 
 
 def one_tile_steps(scale: str) -> int:
@@ -74,12 +76,25 @@ def _steps(parts: tuple[Tensor, ...]) -> list[int]:
     return [part.stride(0) for part in parts]
 
 
-def split(x: Tensor, dtype: torch.dtype) -> Tensor:
+def split(x: Tensor) -> Tensor:
     """x [T, K] as `matmul.split_rows` gives it."""
     rows = x.float().contiguous()
-    out = torch.empty(rows.shape, dtype=dtype, device=x.device)
+    out = torch.empty_like(rows)
     matmul.split_rows[(rows.shape[0],)](rows, out, rows.shape[1], 1024)
     return out
+
+
+def split_blocks(x: Tensor) -> Tensor:
+    """x [T, K] as `matmul.split_blocks` gives it, of the type that tensor cores are given."""
+    rows, width = x.float().contiguous(), _width(x.shape[1])
+    out = torch.empty(rows.shape[0], width, dtype=OPERAND, device=x.device)
+    matmul.split_blocks[(rows.shape[0], width // 128)](rows, out, rows.shape[1], width)
+    return out
+
+
+def _width(cols: int) -> int:
+    """Columns of a row of `split_blocks`."""
+    return -(-cols // 128) * 128
 
 
 class Row:
@@ -92,7 +107,7 @@ class Row:
     @property
     def split(self) -> Tensor:
         if self._split is None:
-            self._split = split(self.plain, torch.float32)
+            self._split = split(self.plain)
         return self._split
 
 
@@ -106,10 +121,18 @@ def product(x: Tensor, w: Weight) -> Tensor:
     out = torch.empty(tokens, w.rows, dtype=torch.float32, device=x.device)
     scaled = w.scales is not None
     scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
-    grid = (-(-tokens // PLAIN_BM), -(-w.rows // PLAIN_BN))
-    sizes = (tokens, w.rows, w.cols, w.spec.block or w.cols, scaled, PLAIN_BM, PLAIN_BN, PLAIN_BK)
-    matmul.gemm_plain[grid](x.to(OPERAND).contiguous(), w.codes, scales, out, *sizes)
+    tile = tiles.choose(tokens, w.spec, _capability(x.device))
+    grid = (-(-tokens // tile.rows), -(-w.rows // tile.cols))
+    matmul.gemm_plain[grid](
+        x.to(OPERAND).contiguous(), w.codes, scales, out, tokens, w.rows, w.cols, w.spec.block or w.cols, scaled,
+        tile.rows, tile.cols, plain_columns(w.spec.block), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return out
+
+
+def plain_columns(block: int) -> int:
+    """Columns that a step of `matmul.gemm_plain` has, of rows with scales for `block` columns (0: with none)."""
+    return min(64, block or 64)
 
 
 def row_product(x: Row, w: Weight, onto: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -159,7 +182,7 @@ def row_swiglu(x: Row, gate: Weight, up: Weight, down: Weight, onto: tuple[Tenso
     else:
         both = torch.cat([row_product(x, gate), row_product(x, up)], 1)
         middle = torch.empty(1, gate.rows, dtype=torch.float32, device=x.plain.device)
-        moe.silu_times[(1, -(-gate.rows // 256))](both, middle, gate.rows, 256, down.spec.tile)
+        moe.silu_times[(1, -(-gate.rows // 256))](both, middle, gate.rows, gate.rows, 256, int(down.spec.tile))
         made = Row(middle, middle)
     return row_product(made, down, onto)
 
@@ -168,19 +191,32 @@ def _many_rows(x: Tensor, w: Weight) -> Tensor:
     tokens = x.shape[0]
     out = torch.empty(tokens, w.rows, dtype=torch.float32, device=x.device)
     every = torch.arange(tokens, device=x.device)
-    first = torch.arange(0, tokens, BM, device=x.device)
-    matrix = torch.zeros_like(first)
-    _grouped(split(x, OPERAND), w, out, every, every, matrix, first, (first + BM).clamp(max=tokens), [0, 0, 0, 0])
+    tile = tiles.choose(tokens, w.spec, _capability(x.device))
+    first = torch.arange(0, tokens, tile.rows, device=x.device)
+    last = (first + tile.rows).clamp(max=tokens)
+    _grouped(split_blocks(x), w, out, every, every, torch.zeros_like(first), first, last, [0, 0, 0, 0], tile)
     return out
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    """Of a card 10 times its compute capability, 80 under the interpreter."""
+    if device.type != "cuda":
+        return tiles.TARGETS[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _grouped(
     x: Tensor, w: Weight, out: Tensor, sources: Tensor, order: Tensor, matrix: Tensor, first: Tensor, last: Tensor,
-    steps: list[int],
+    steps: list[int], tile: tiles.Tile,
 ) -> None:  # fmt: skip
-    grid = (first.shape[0], -(-w.rows // BN))
-    table = (sources, order, matrix, first, last, w.rows, w.cols, *steps)
-    matmul.gemm_tiled[grid](x, *_parts(w), out, *table, **_format(w), STEPS=WORDS, BM=BM, BN=BN)
+    grid = (first.shape[0], -(-w.rows // tile.cols))
+    table = (sources, order, matrix, first, last, w.rows, w.cols, x.shape[1], *steps)
+    matmul.gemm_tiled[grid](
+        x, *_parts(w), out, *table, **_format(w), BM=tile.rows, BN=tile.cols, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
@@ -194,7 +230,7 @@ def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight:
     middle = torch.empty(tokens * k, inner, dtype=torch.float32, device=x.device)
     first, second = _parts(gate_up), _parts(down)
     moe.gate_up_tiled[(tokens * k, inner // 16)](
-        split(x, torch.float32), index, *first, middle, hidden, inner, k, *_steps(first), **_format(gate_up),
+        split(x), index, *first, middle, hidden, inner, k, *_steps(first), **_format(gate_up),
         STEPS=STEPS,
     )  # fmt: skip
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
@@ -213,22 +249,25 @@ def _many_tokens(
     flat = index.flatten()
     order = flat.argsort(stable=True)
     sizes = torch.zeros(count, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
-    blocks = (sizes + BM - 1) // BM
+    # Both products have the same blocks of rows; of slots that nobody chose there are none.
+    tile = tiles.choose_all(-(-pairs // count), (gate_up.spec, down.spec), _capability(device))
+    blocks = (sizes + tile.rows - 1) // tile.rows
     ends = blocks.cumsum(0)
     # As many as there can be at worst, so that nobody has to ask the card how many there are.
-    number = torch.arange(min(count, pairs) + pairs // BM, device=device)
+    number = torch.arange(min(count, pairs) + pairs // tile.rows, device=device)
     matrix = torch.searchsorted(ends, number, right=True).clamp(max=count - 1)
     starts = sizes.cumsum(0) - sizes
-    first = starts[matrix] + (number - (ends - blocks)[matrix]) * BM
-    last = torch.minimum(first + BM, starts[matrix] + sizes[matrix])
+    first = starts[matrix] + (number - (ends - blocks)[matrix]) * tile.rows
+    last = torch.minimum(first + tile.rows, starts[matrix] + sizes[matrix])
     every = torch.arange(pairs, device=device)
     both = torch.empty(pairs, 2 * inner, dtype=torch.float32, device=device)
     table = (order, matrix, first, last)
-    _grouped(split(x, OPERAND), gate_up, both, every // k, *table, _steps(_parts(gate_up)))
-    middle = torch.empty(pairs, inner, dtype=OPERAND, device=device)
-    moe.silu_times[(pairs, -(-inner // 256))](both, middle, inner, 256, True)
+    _grouped(split_blocks(x), gate_up, both, every // k, *table, _steps(_parts(gate_up)), tile)
+    width = _width(inner)
+    middle = torch.empty(pairs, width, dtype=OPERAND, device=device)
+    moe.silu_times[(pairs, -(-width // 256))](both, middle, inner, width, 256, 2)
     rows = torch.empty(pairs, hidden, dtype=torch.float32, device=device)
-    _grouped(middle, down, rows, every, *table, _steps(_parts(down)))
+    _grouped(middle, down, rows, every, *table, _steps(_parts(down)), tile)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=device)
     moe.weighted_sum[(tokens, -(-hidden // 256))](
         rows, weight, out if base is None else base.contiguous(), out, hidden, k, base is not None, 256

@@ -2,7 +2,8 @@
 
 A tiled matrix is read as int32 words: word s of row r of a tile holds the columns 8s..8s+7, its bits 8j..8j+3 column
 8s+j and its bits 8j+4..8j+7 column 8s+4+j. A tile's words lie step after step, 16 rows each, so that what a program
-reads is one run of memory. Activations come split: those of the same place in all words lie together.
+reads is one run of memory. Activations come split: those of the same place in all words lie together (`split_rows`), or
+in all 16 words of a block of 128 columns (`split_blocks`).
 
 Knows no torch; `launch` does.
 """
@@ -23,6 +24,17 @@ def split_rows(x, out, K, BLOCK: tl.constexpr):
         at = start + tl.arange(0, BLOCK)
         v = tl.load(x + t * K + at, mask=at < K, other=0.0)
         tl.store(out + t * K + (at % 8) * (K // 8) + at // 8, v.to(out.dtype.element_ty), mask=at < K)
+
+
+@triton.jit
+def split_blocks(x, out, K, WIDTH):
+    """x [T, K] -> out [T, WIDTH], for tensor cores: of 128 columns the first of every word of 8, then the second, and
+    so on; zero behind column K. Programs: T, blocks of 128 columns."""
+    t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, 128)
+    at = block * 128 + i % 16 * 8 + i // 16
+    v = tl.load(x + t * K + at, mask=at < K, other=0.0)
+    tl.store(out + t * WIDTH + block * 128 + i, v.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -107,15 +119,34 @@ def add_shares(parts, base, gate, out, N, SHARES: tl.constexpr, ONTO: tl.constex
 
 
 @triton.jit
+def columns(word, KIND: tl.constexpr, ROWS: tl.constexpr):
+    """Words int32 [16, ROWS] of 16 steps as the numbers f32 [128, ROWS] that their codes stand for, in the order of
+    `split_blocks`: the first code of every word, then the second, and so on."""
+    ab = tl.join(nibble(word, 0, KIND), nibble(word, 4, KIND))
+    cd = tl.join(nibble(word, 8, KIND), nibble(word, 12, KIND))
+    ef = tl.join(nibble(word, 16, KIND), nibble(word, 20, KIND))
+    gh = tl.join(nibble(word, 24, KIND), nibble(word, 28, KIND))
+    # [16, ROWS, low or high, second pair of bytes, odd byte]
+    all_ = tl.join(tl.join(ab, ef), tl.join(cd, gh))
+    return tl.reshape(tl.permute(all_, (2, 3, 4, 0, 1)), [128, ROWS])
+
+
+@triton.jit
+def spread(by, ROWS: tl.constexpr):
+    """[16, ROWS], one for each word, as [128, ROWS] in the order of `columns`."""
+    return tl.reshape(tl.broadcast_to(by[None, :, :], [8, 16, ROWS]), [128, ROWS])
+
+
+@triton.jit
 def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, block_matrix, block_first, block_last, N, K,
-               codes_step, scales_step, zeros_step, tensor_step, KIND: tl.constexpr, SCALE: tl.constexpr,
-               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, BM: tl.constexpr,
+               WIDTH, codes_step, scales_step, zeros_step, tensor_step, KIND: tl.constexpr, SCALE: tl.constexpr,
+               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr):  # fmt: skip
     """Rows of activations, sorted by the matrix of a stack they are multiplied with: out f32 [rows, N].
 
-    x [*, 8, K / 8] split. Row p of the sorted ones is row sources[order[p]] of x and row order[p] of out. Program
-    (b, n): the rows block_first[b]..block_last[b]-1, at most BM, and BN rows of matrix block_matrix[b]; empty blocks
-    do nothing.
+    x [*, WIDTH] as `split_blocks` gives it. Row p of the sorted ones is row sources[order[p]] of x and row order[p] of
+    out. Program (b, n): the rows block_first[b]..block_last[b]-1, at most BM, and BN rows of matrix block_matrix[b];
+    empty blocks do nothing.
     """
     b, n = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(block_first + b), tl.load(block_last + b)
@@ -131,49 +162,35 @@ def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, bloc
         row = n * BN + tl.arange(0, BN)
         tile, lane = (row // 16).to(tl.int64)[None, :], (row % 16)[None, :]
         there = (row < N)[None, :]
+        at = x + (source * WIDTH)[:, None] + tl.arange(0, 128)[None, :]
         acc = tl.zeros([BM, BN], tl.float32)
-        for start in range(0, K // 8, STEPS):
-            step = start + tl.arange(0, STEPS)
-            inside = (step < K // 8)[:, None]
-            mask = inside & there
-            word = tl.load(codes + (tile * (K // 8) + step[:, None]) * 16 + lane, mask=mask, other=0)
-            if BLOCK == 8 * STEPS:
+        for start in range(0, K // 8, 16):
+            step = start + tl.arange(0, 16)
+            # Behind the last word x is zero.
+            word = tl.load(codes + (tile * (K // 8) + step[:, None]) * 16 + lane,
+                           mask=(step < K // 8)[:, None] & there, other=0)  # fmt: skip
+            value = columns(word, KIND, BN)
+            if BLOCK == 128:
                 # One block's columns: products of integers, exact in bfloat16, and the scale on their sum.
-                place = tile * (K // BLOCK) + start // STEPS
-                less = zero_point(zeros, place, lane, there) if ZERO else 8.0
-                by = scale_of(tl.load(scales + place * 16 + lane, mask=there, other=0), SCALE)
-                part = tl.zeros([BM, BN], tl.float32)
-            else:
-                place = tile * (K // BLOCK) + (step * 8 // BLOCK)[:, None]
-                less = zero_point(zeros, place, lane, mask) if ZERO else 8.0
-                by = scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE)
-                part = acc
-            for j in tl.static_range(8):
-                value = nibble(word, 8 * j if j < 4 else 8 * (j - 4) + 4, KIND)
+                place = tile * (K // BLOCK) + start // 16
                 if KIND == 0:
-                    value -= less
-                if BLOCK != 8 * STEPS:
-                    value *= by
-                at = source[:, None] * K + j * (K // 8) + step[None, :]
-                rows = tl.load(x + at, mask=real[:, None] & (step < K // 8)[None, :], other=0.0)
-                part = tl.dot(rows, tl.where(mask, value, 0.0).to(x.dtype.element_ty), part)
-            if BLOCK == 8 * STEPS:
-                acc += part * by
+                    value -= zero_point(zeros, place, lane, there) if ZERO else 8.0
+                by = scale_of(tl.load(scales + place * 16 + lane, mask=there, other=0), SCALE)
             else:
-                acc = part
+                mask = (step < K // 8)[:, None] & there
+                place = tile * (K // BLOCK) + (step * 8 // BLOCK)[:, None]
+                if KIND == 0:
+                    value -= spread(zero_point(zeros, place, lane, mask), BN) if ZERO else 8.0
+                value *= spread(scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE), BN)
+            rows = tl.load(at + start * 8, mask=real[:, None], other=0.0)
+            if BLOCK == 128:
+                acc += tl.dot(rows, value.to(x.dtype.element_ty)) * by
+            else:
+                acc = tl.dot(rows, value.to(x.dtype.element_ty), acc)
         if TENSOR > 0:
             own = tensor_scales + matrix * tensor_step + row * TENSOR // N
             acc *= tl.load(own, mask=row < N, other=0.0)[None, :]
         tl.store(out + pair[:, None] * N + row[None, :], acc, mask=real[:, None] & there)
-
-
-@triton.jit
-def plain_block(codes, scales, row, at, mask, K, BLOCK: tl.constexpr, SCALED: tl.constexpr):
-    """Values f32 of rows side by side: stored numbers, or int8 codes with a float16 scale a block."""
-    value = tl.load(codes + row * K + at, mask=mask, other=0).to(tl.float32)
-    if SCALED:
-        value *= scale_of(tl.load(scales + row * (K // BLOCK) + at // BLOCK, mask=mask, other=0), 0)
-    return value
 
 
 @triton.jit
@@ -205,13 +222,21 @@ def gemv_plain(x, codes, scales, out, N, K, BLOCK: tl.constexpr, SCALED: tl.cons
 @triton.jit
 def gemm_plain(x, codes, scales, out, T, N, K, BLOCK: tl.constexpr, SCALED: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Rows x [T, K] times rows side by side: out f32 [T, N]. Programs: blocks of BM tokens, of BN rows."""
-    t = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    row = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    """Rows x [T, K] times rows side by side: out f32 [T, N]. Programs: blocks of BM tokens, of BN rows.
+
+    BK columns lie in one block: products of its codes are exact, and the scale comes on their sum.
+    """
+    t = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    row = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, K, BK):
         at = start + tl.arange(0, BK)
-        rows = tl.load(x + t * K + at[None, :], mask=(t < T) & (at < K)[None, :], other=0.0)
-        value = plain_block(codes, scales, row, at[:, None], (row < N) & (at < K)[:, None], K, BLOCK, SCALED)
-        acc = tl.dot(rows, value.to(x.dtype.element_ty), acc)
-    tl.store(out + t * N + row, acc, mask=(t < T) & (row < N))
+        rows = tl.load(x + t[:, None] * K + at[None, :], mask=(t < T)[:, None] & (at < K)[None, :], other=0.0)
+        mask = (at < K)[:, None] & (row < N)[None, :]
+        value = tl.load(codes + row[None, :] * K + at[:, None], mask=mask, other=0).to(x.dtype.element_ty)
+        if SCALED:
+            by = scale_of(tl.load(scales + row * (K // BLOCK) + start // BLOCK, mask=row < N, other=0), 0)
+            acc += tl.dot(rows, value) * by[None, :]
+        else:
+            acc = tl.dot(rows, value, acc)
+    tl.store(out + t[:, None] * N + row[None, :], acc, mask=(t < T)[:, None] & (row < N)[None, :])

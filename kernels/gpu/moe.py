@@ -77,19 +77,21 @@ def down_tiled(middle, index, weight, codes, scales, zeros, tensor_scales, base,
 
 
 @triton.jit
-def silu_times(both, middle, INNER, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
-    """both f32 [rows, 2 INNER], gate then up -> middle [rows, INNER], silu(gate) * up, split with SPLIT.
-
-    Programs: rows, blocks of INNER.
+def silu_times(both, middle, INNER, WIDTH, BLOCK: tl.constexpr, FORM: tl.constexpr):
+    """both f32 [rows, 2 INNER], gate then up -> middle [rows, WIDTH], silu(gate) * up: as it is (FORM 0), or in the
+    order of `matmul.split_rows` (1) or `split_blocks` (2). Programs: rows, blocks of WIDTH.
     """
     r = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < INNER
-    gate = tl.load(both + r * 2 * INNER + at, mask=mask, other=0.0)
-    up = tl.load(both + r * 2 * INNER + INNER + at, mask=mask, other=0.0)
+    gate = tl.load(both + r * 2 * INNER + at, mask=at < INNER, other=0.0)
+    up = tl.load(both + r * 2 * INNER + INNER + at, mask=at < INNER, other=0.0)
     made = gate / (1.0 + tl.exp(-gate)) * up
-    to = (at % 8) * (INNER // 8) + at // 8 if SPLIT else at
-    tl.store(middle + r * INNER + to, made.to(middle.dtype.element_ty), mask=mask)
+    to = at
+    if FORM == 1:
+        to = (at % 8) * (INNER // 8) + at // 8
+    elif FORM == 2:
+        to = at // 128 * 128 + at % 8 * 16 + at % 128 // 8
+    tl.store(middle + r * WIDTH + to, made.to(middle.dtype.element_ty), mask=at < WIDTH)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from qwenrun.engine.engine import Engine
 from qwenrun.kernels import gpu, ref
 from qwenrun.kernels.cases import SPECS, cases, inputs
 from qwenrun.kernels.dispatch import pick, refusal
+from qwenrun.kernels.gpu import tiles
 from qwenrun.kernels.ops import FACTORIES
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
@@ -44,6 +45,38 @@ def test_a_long_row_is_cut_into_shares(storage: str) -> None:
     w = ref.encode(torch.randn(32, 128 * 21), SPECS[storage])
     x = torch.randn(1, 128 * 21)
     assert error(gpu.linear(x, w), ref.linear(x, w)) < 1e-5
+
+
+@pytest.mark.parametrize("storage", ["int4-g128-tiled", "int4-g32-zero-tiled", "nvfp4-tiled", "int8-g32", "bf16"])
+@pytest.mark.parametrize("tokens", [40, 70])
+def test_a_prompt_in_larger_tiles(storage: str, tokens: int) -> None:
+    """More rows than a small tile has, and columns that fill no block of 128 where the format allows it."""
+    spec = SPECS.get(storage) or BlockSpec("int4", 32, "f16", zero=True, tile=True)
+    cols = {128: 256, 32: 160, 16: 144, 0: 90}[spec.block]
+    w = ref.encode(torch.randn(144, cols), spec)
+    x = torch.randn(tokens, cols)
+    assert error(gpu.linear(x, w), ref.linear(x, w)) < 1e-5
+
+
+def test_experts_of_a_prompt_in_larger_tiles() -> None:
+    """Most tokens choose one of them, and the two matrices have different formats."""
+    gate_up = ref.encode(torch.randn(3, 192, 144), SPECS["nvfp4-tiled"], tensor_scales=2)
+    down = ref.encode(torch.randn(3, 144, 96), BlockSpec("int4", 32, "f16", tile=True))
+    x, weight = torch.randn(140, 144) / 8, torch.rand(140, 1)
+    index = torch.ones(140, 1, dtype=torch.int64)
+    index[::50] = 2
+    want = ref.experts(x, gate_up, down, index, weight)
+    assert error(gpu.experts(x, gate_up, down, index, weight), want) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 33, 65])
+@pytest.mark.parametrize("target", [75, 80, 86, 90, 103, 121])
+def test_every_card_has_tiles(rows: int, target: int) -> None:
+    """Cards between those that were compiled for have the tiles of the one before."""
+    for spec in SPECS.values():
+        tile = tiles.choose(rows, spec, target)
+        assert tile.rows >= min(rows, 64)
+    assert tiles.choose(rows, SPECS["nvfp4-tiled"], 103) == tiles.choose(rows, SPECS["nvfp4-tiled"], 100)
 
 
 @pytest.mark.parametrize("storage", ["int4-g32-zero-tiled", "nvfp4-tiled"])
@@ -160,7 +193,7 @@ def test_not_a_number_comes_through() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the compiler's tools are in Triton's Linux wheels")
-@pytest.mark.parametrize("name", ["gemm_tiled nvfp4", "experts gate_up int4-g128", "attend_part int8"])
+@pytest.mark.parametrize("name", ["gemm_tiled nvfp4 32x64", "experts gate_up int4-g128", "attend_part int8"])
 def test_compiled_for_every_card(name: str) -> None:
     """Ahead of time, without one: `make gpu-aot` does so with all kernels."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
