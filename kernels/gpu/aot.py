@@ -199,6 +199,15 @@ def variants() -> Iterator[Variant]:
         "delta_rule 128x128", "delta.delta_rule", ("*fp32",) * 7 + ("i32",) * 6 + ("fp32",),
         {"DK": 128, "DV": 128, "KEYS": 128, "BV": launch.VALUES},
     )  # fmt: skip
+    sizes = {"DK": 128, "KEYS": 128, "OPERAND": "bfloat16", "C": launch.CHUNK}
+    yield Variant(
+        "chunk_inside 128", "chunk.chunk_inside", ("*fp32",) * 6 + ("i32",) * 5 + ("fp32",), sizes,
+        products=True, stages=1,
+    )  # fmt: skip
+    yield Variant(
+        "chunk_states 128x128", "chunk.chunk_states", ("*fp32",) * 9 + ("i32",) * 6 + ("fp32",),
+        {**sizes, "DV": 128, "BV": launch.CHUNK_VALUES}, products=True, warps=launch.CHUNK_WARPS, stages=1,
+    )  # fmt: skip
     yield Variant("conv_step", "delta.conv_step", (*floats, "*fp32", "i32"), {"TAPS": 4, "BLOCK": 256})
     yield Variant(
         "delta_step 128x128", "delta.delta_step", ("*fp32",) * 7 + ("i32", "i32", "fp32"),

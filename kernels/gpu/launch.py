@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenrun.kernels import ref
-from qwenrun.kernels.gpu import attend, choice, delta, matmul, moe, norms, rotary, tiles
+from qwenrun.kernels.gpu import attend, choice, chunk, delta, matmul, moe, norms, rotary, tiles
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
@@ -440,13 +440,41 @@ def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     return out
 
 
+# Tokens of a chunk, values and warps of a program that goes through the chunks (docs/kernels.md: more spill); the fewest
+# tokens that are worth it.
+CHUNK, CHUNK_VALUES, CHUNK_WARPS, CHUNKED = 32, 32, 8, 17
+
+
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     """See `qwenrun.kernels.ops.delta_rule`; the state is contiguous float32."""
-    (tokens, key_heads, dk), (value_heads, dv) = q.shape, v.shape[1:]
+    (tokens, key_heads, dk), (heads, dv) = q.shape, v.shape[1:]
     rows = [x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v)]
-    out = torch.empty(tokens, value_heads, dv, dtype=torch.float32, device=q.device)
-    delta.delta_rule[(value_heads, -(-dv // VALUES))](
-        *rows, g.contiguous(), beta.contiguous(), state, out, tokens, *(x.stride(0) for x in rows), key_heads,
-        value_heads, dk**-0.5, dk, dv, power_of_two(dk), VALUES,
+    steps, gates = [x.stride(0) for x in rows], (g.contiguous(), beta.contiguous())
+    out = torch.empty(tokens, heads, dv, dtype=torch.float32, device=q.device)
+    if tokens < CHUNKED:
+        delta.delta_rule[(heads, -(-dv // VALUES))](
+            *rows, *gates, state, out, tokens, *steps, key_heads, heads, dk**-0.5, dk, dv, power_of_two(dk), VALUES
+        )
+        return out
+    chunks, keys = -(-tokens // CHUNK), max(16, power_of_two(dk))
+    inverse, within = torch.empty(2, chunks, heads, CHUNK, CHUNK, dtype=torch.float32, device=q.device)
+    chunk.chunk_inside[(chunks, heads)](
+        *rows[:2],
+        *gates,
+        inverse,
+        within,
+        tokens,
+        *steps[:2],
+        key_heads,
+        heads,
+        dk**-0.5,
+        dk,
+        keys,
+        OPERAND_TYPE,
+        CHUNK,
+    )
+    chunk.chunk_states[(heads, -(-dv // CHUNK_VALUES))](
+        *rows, *gates, inverse, within, state, out, tokens, *steps, key_heads, heads, dk**-0.5, dk, dv, keys,
+        OPERAND_TYPE, CHUNK_VALUES, CHUNK, num_warps=CHUNK_WARPS, num_stages=1,
     )  # fmt: skip
     return out

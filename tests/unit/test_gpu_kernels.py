@@ -172,13 +172,17 @@ def test_a_router_without_numbers_chooses_experts_that_exist() -> None:
     assert weight.isnan().all()
 
 
-def test_the_delta_rule_continues_from_its_state() -> None:
-    q, k, v = torch.randn(9, 2, 16), torch.randn(9, 2, 16), torch.randn(9, 4, 24)
-    g, beta = -torch.rand(9, 4), torch.rand(9, 4)
-    state, want = torch.randn(4, 16, 24), None
+@pytest.mark.parametrize(("tokens", "cut_at"), [(9, 4), (100, 33), (65, 64)])
+@pytest.mark.parametrize("decay", [1.0, 200.0])
+def test_the_delta_rule_continues_from_its_state(tokens: int, cut_at: int, decay: float) -> None:
+    """Token by token and in chunks, also where a state is forgotten at once."""
+    q, k, v = torch.randn(tokens, 2, 16), torch.randn(tokens, 2, 16), torch.randn(tokens, 4, 24)
+    g, beta = -torch.rand(tokens, 4) * decay, torch.rand(tokens, 4)
+    state = torch.randn(4, 16, 24)
     want, parts = state.clone(), state.clone()
     whole = ref.delta_rule(q, k, v, g, beta, want)
-    cut = [gpu.delta_rule(*(x[p] for x in (q, k, v, g, beta)), parts) for p in (slice(0, 4), slice(4, 9))]
+    pieces = (slice(0, cut_at), slice(cut_at, tokens))
+    cut = [gpu.delta_rule(*(x[p] for x in (q, k, v, g, beta)), parts) for p in pieces]
     assert error(torch.cat(cut), whole) < 1e-5
     assert error(parts, want) < 1e-5
 
