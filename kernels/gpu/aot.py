@@ -199,7 +199,7 @@ def variants() -> Iterator[Variant]:
         "delta_rule 128x128", "delta.delta_rule", ("*fp32",) * 7 + ("i32",) * 6 + ("fp32",),
         {"DK": 128, "DV": 128, "KEYS": 128, "BV": launch.VALUES},
     )  # fmt: skip
-    sizes = {"DK": 128, "KEYS": 128, "OPERAND": "bfloat16", "C": launch.CHUNK}
+    sizes: dict[str, int | bool | str] = {"DK": 128, "KEYS": 128, "OPERAND": "bfloat16", "C": launch.CHUNK}
     yield Variant(
         "chunk_inside 128", "chunk.chunk_inside", ("*fp32",) * 6 + ("i32",) * 5 + ("fp32",), sizes,
         products=True, stages=1,

@@ -440,7 +440,7 @@ def conv(u: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     return out
 
 
-# Tokens of a chunk, values and warps of a program that goes through the chunks (docs/kernels.md: more spill); the fewest
+# Tokens of a chunk, values and warps of a program that goes through the chunks (with more it spills); the fewest
 # tokens that are worth it.
 CHUNK, CHUNK_VALUES, CHUNK_WARPS, CHUNKED = 32, 32, 8, 17
 

@@ -176,8 +176,8 @@ def _checked(case: Case, device: str) -> Checked:
     return Checked(case.name, backend.name, worst, bound)
 
 
-OPERANDS = ("linear", "linears", "swiglu", "moe_entry", "experts", "attention", "decode_attention", "router")
-OPERANDS += ("delta_rule", "delta_net")
+OPERANDS = {"linear", "linears", "swiglu", "moe_entry", "experts", "attention", "decode_attention", "router"}
+OPERANDS |= {"delta_rule", "delta_net"}
 
 
 def _card_bandwidth() -> float:
