@@ -8,6 +8,7 @@ of bfloat16.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenrun.kernels import ref
-from qwenrun.kernels.gpu import attend, choice, chunk, delta, matmul, moe, norms, rotary, tiles
+from qwenrun.kernels.gpu import attend, choice, chunk, delta, fp4, matmul, moe, norms, rotary, tiles
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
@@ -90,6 +91,38 @@ def split_blocks(x: Tensor) -> Tensor:
     out = torch.empty(rows.shape[0], width, dtype=OPERAND, device=x.device)
     matmul.split_blocks[(rows.shape[0], width // 128)](rows, out, rows.shape[1], width)
     return out
+
+
+# Set to 1 in the environment: prompts' rows for NVFP4 matrices are rounded to NVFP4, for the cores that have it.
+FP4 = os.environ.get("QWENRUN_FP4") == "1"
+
+
+@dataclass(frozen=True)
+class Fp4Rows:
+    """Rows as `fp4.encode_rows` makes them."""
+
+    codes: Tensor
+    scales: Tensor
+    row_scales: Tensor
+
+
+def rows_for(x: Tensor, w: Weight, each: int) -> Tensor | Fp4Rows:
+    """x f32 [T, K] as products of `each` of its rows with a matrix of w read it."""
+    if not takes_fp4(w, each):
+        return split_blocks(x)
+    rows, (tokens, cols) = x.float().contiguous(), x.shape
+    codes = torch.empty(tokens, cols // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(tokens, cols // 16, dtype=torch.uint8, device=x.device)
+    row_scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    fp4.encode_rows[(tokens,)](rows, codes, scales, row_scales, cols, 1024)
+    return Fp4Rows(codes, scales, row_scales)
+
+
+def takes_fp4(w: Weight, rows: int) -> bool:
+    """Whether products of `rows` rows with w are made of 4 bits on both sides."""
+    there = INTERPRETED or _capability(w.codes.device) >= tiles.FP4_TARGETS[0]
+    stored = w.spec.tile and w.spec.scale == "e4m3" and w.spec.block == 16
+    return FP4 and there and stored and rows >= tiles.FP4_ROWS
 
 
 def _width(cols: int) -> int:
@@ -191,10 +224,10 @@ def _many_rows(x: Tensor, w: Weight) -> Tensor:
     tokens = x.shape[0]
     out = torch.empty(tokens, w.rows, dtype=torch.float32, device=x.device)
     every = torch.arange(tokens, device=x.device)
-    tile = tiles.choose(tokens, w.spec, _capability(x.device))
+    tile = tiles.FP4_TILE if takes_fp4(w, tokens) else tiles.choose(tokens, w.spec, _capability(x.device))
     first = torch.arange(0, tokens, tile.rows, device=x.device)
     last = (first + tile.rows).clamp(max=tokens)
-    _grouped(split_blocks(x), w, out, every, every, torch.zeros_like(first), first, last, [0, 0, 0, 0], tile)
+    _grouped(rows_for(x, w, tokens), w, out, every, every, torch.zeros_like(first), first, last, [0, 0, 0, 0], tile)
     return out
 
 
@@ -208,10 +241,18 @@ def _capability(device: torch.device) -> int:
 
 
 def _grouped(
-    x: Tensor, w: Weight, out: Tensor, sources: Tensor, order: Tensor, matrix: Tensor, first: Tensor, last: Tensor,
-    steps: list[int], tile: tiles.Tile,
+    x: Tensor | Fp4Rows, w: Weight, out: Tensor, sources: Tensor, order: Tensor, matrix: Tensor, first: Tensor,
+    last: Tensor, steps: list[int], tile: tiles.Tile,
 ) -> None:  # fmt: skip
     grid = (first.shape[0], -(-w.rows // tile.cols))
+    if isinstance(x, Fp4Rows):
+        codes, scales, _, tensor_scales = _parts(w)
+        fp4.gemm_fp4[grid](
+            x.codes, x.scales, x.row_scales, codes, scales, tensor_scales, out, sources, order, matrix, first, last,
+            w.rows, w.cols, steps[0], steps[1], steps[3], _format(w)["TENSOR"], tile.rows, tile.cols,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return
     table = (sources, order, matrix, first, last, w.rows, w.cols, x.shape[1], *steps)
     matmul.gemm_tiled[grid](
         x, *_parts(w), out, *table, **_format(w), BM=tile.rows, BN=tile.cols, num_warps=tile.warps,
@@ -250,7 +291,10 @@ def _many_tokens(
     order = flat.argsort(stable=True)
     sizes = torch.zeros(count, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
     # Both products have the same blocks of rows; of slots that nobody chose there are none.
-    tile = tiles.choose_all(-(-pairs // count), (gate_up.spec, down.spec), _capability(device))
+    each = -(-pairs // count)
+    tile = tiles.choose_all(each, (gate_up.spec, down.spec), _capability(device))
+    if takes_fp4(gate_up, each) or takes_fp4(down, each):
+        tile = tiles.FP4_TILE
     blocks = (sizes + tile.rows - 1) // tile.rows
     ends = blocks.cumsum(0)
     # As many as there can be at worst, so that nobody has to ask the card how many there are.
@@ -262,10 +306,12 @@ def _many_tokens(
     every = torch.arange(pairs, device=device)
     both = torch.empty(pairs, 2 * inner, dtype=torch.float32, device=device)
     table = (order, matrix, first, last)
-    _grouped(split_blocks(x), gate_up, both, every // k, *table, _steps(_parts(gate_up)), tile)
-    width = _width(inner)
-    middle = torch.empty(pairs, width, dtype=OPERAND, device=device)
-    moe.silu_times[(pairs, -(-width // 256))](both, middle, inner, width, 256, 2)
+    _grouped(rows_for(x, gate_up, each), gate_up, both, every // k, *table, _steps(_parts(gate_up)), tile)
+    plain = takes_fp4(down, each)
+    width = inner if plain else _width(inner)
+    made = torch.empty(pairs, width, dtype=torch.float32 if plain else OPERAND, device=device)
+    moe.silu_times[(pairs, -(-width // 256))](both, made, inner, width, 256, 0 if plain else 2)
+    middle = rows_for(made, down, each) if plain else made
     rows = torch.empty(pairs, hidden, dtype=torch.float32, device=device)
     _grouped(middle, down, rows, every, *table, _steps(_parts(down)), tile)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=device)

@@ -27,6 +27,10 @@ class Tile:
 
 SMALL, MIDDLE, WIDE, LARGE = Tile(32, 64, 4), Tile(64, 64, 8), Tile(128, 64, 8), Tile(128, 128, 8)
 
+# Products of 4 bits on both sides: the cores of sm_100 take no fewer than 128 rows, and with fewer the compiler makes
+# products of 16 bits of them.
+FP4_TILE, FP4_TARGETS, FP4_ROWS = WIDE, (100, 120), MIDDLE.rows + 1
+
 
 def choose(rows: int, spec: BlockSpec, target: int) -> Tile:
     """The tile for `rows` rows a matrix stored as `spec`, on a card of compute capability `target` / 10."""

@@ -69,6 +69,40 @@ def test_experts_of_a_prompt_in_larger_tiles() -> None:
     assert error(gpu.experts(x, gate_up, down, index, weight), want) < 1e-5
 
 
+def test_rows_of_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with NVFP4 on both sides: those of rows that the reference has rounded, and experts alike."""
+    tokens = 150
+    from triton.runtime import interpreter
+
+    from qwenrun.kernels.gpu import launch
+
+    def e4m3(handle: Any, compute_type: Any) -> Any:
+        """The interpreter takes every scale for E8M0."""
+        return torch.from_numpy(handle.data.copy()).view(torch.float8_e4m3fn).float().numpy()
+
+    monkeypatch.setattr(interpreter, "_dot_scaled_scale_to_f32", e4m3)
+    monkeypatch.setattr(launch, "FP4", True)
+    spec = SPECS["nvfp4-tiled"]
+
+    def rounded(x: Tensor) -> Tensor:
+        return ref.decode(ref.encode(x, SPECS["nvfp4"], tensor_scales=len(x)))
+
+    w = ref.encode(torch.randn(144, 272), spec, tensor_scales=3)
+    x = torch.randn(tokens, 272) * torch.rand(tokens, 1) * 100
+    x[0, :40], x[1] = 0.0, 0.0
+    x[2, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]) * 448
+    want = ref.linear(rounded(x), w)
+    assert error(gpu.linear(x, w), want) < 2e-3
+    assert error(gpu.linear(x, w), ref.linear(x, w)) > 1e-2
+    assert error(gpu.linear(x[:9], w), ref.linear(x[:9], w)) < 1e-5  # few rows are not rounded
+    gate_up, down = ref.encode(torch.randn(2, 64, 80), spec, tensor_scales=2), ref.encode(torch.randn(2, 80, 32), spec)
+    x, index = torch.randn(tokens, 80) / 4, torch.randint(0, 2, (tokens, 1))
+    rows = torch.stack([ref.linear(rounded(x)[t : t + 1], gate_up[int(index[t])])[0] for t in range(tokens)])
+    middle = rounded(torch.nn.functional.silu(rows[:, :32]) * rows[:, 32:])
+    want = torch.stack([ref.linear(middle[t : t + 1], down[int(index[t])])[0] for t in range(tokens)])
+    assert error(gpu.experts(x, gate_up, down, index, torch.ones(tokens, 1)), want) < 5e-3
+
+
 @pytest.mark.parametrize("rows", [1, 33, 65])
 @pytest.mark.parametrize("target", [75, 80, 86, 90, 103, 121])
 def test_every_card_has_tiles(rows: int, target: int) -> None:
