@@ -114,19 +114,26 @@ def embedding(ids: Tensor, w: Weight) -> Tensor:
 
 
 def experts(
-    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None = None
+    x: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    index: Tensor,
+    weight: Tensor,
+    base: Tensor | None = None,
+    distinct: int = 0,
 ) -> Tensor:
     """The weighted sum of the chosen experts' `down(silu(gate(x)) * up(x))`: [T, H] in x's dtype.
 
     x [T, H]; gate_up [E, 2I, H], the gate's rows first; down [E, H, I]; index int64 [T, k], the chosen
     experts; weight float32 [T, k]; base float32 [T, H], to which the sum is added. Experts that nobody chose are
-    not touched.
+    not touched. distinct: where the stack holds more than one layer's, how many of them there are to choose from; it
+    changes no result, but how a backend lays out its work.
 
     A row's result does not depend on the other rows of the call, and the k weighted results of a token are
     rounded to float32 and added in the order of `index`: computing the pairs in several calls with k = 1 and
     adding them in that order gives the same bits.
     """
-    return pick("experts", x.device.type, gate_up.spec)(x, gate_up, down, index, weight, base)
+    return pick("experts", x.device.type, gate_up.spec)(x, gate_up, down, index, weight, base, distinct)
 
 
 def sum_in_order(rows: Tensor) -> Tensor:

@@ -263,7 +263,13 @@ def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
 
 
 def experts(
-    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None = None
+    x: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    index: Tensor,
+    weight: Tensor,
+    base: Tensor | None = None,
+    distinct: int = 0,
 ) -> Tensor:
     """See `qwenrun.kernels.ops.experts`."""
     if gate_up.spec.tile != down.spec.tile:

@@ -71,10 +71,16 @@ def linear(x: Tensor, w: Weight) -> Tensor:
 
 
 def experts(
-    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None = None
+    x: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    index: Tensor,
+    weight: Tensor,
+    base: Tensor | None = None,
+    distinct: int = 0,
 ) -> Tensor:
     """See `qwenrun.kernels.ops.experts`."""
-    return _launch().experts(x, gate_up, down, index, weight, base).to(x.dtype)
+    return _launch().experts(x, gate_up, down, index, weight, base, distinct).to(x.dtype)
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6, zero_centred: bool = True) -> Tensor:

@@ -28,22 +28,22 @@ from qwenrun.kernels.spec import BlockSpec
 
 # Bytes of shared memory a block may use (CUDA C programming guide, table of compute capabilities).
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "OMMA", "UTCOMMA")
+BF16_CORES, FP4_CORES = ("HMMA", "HGMMA", "UTCHMMA"), ("OMMA", "UTCOMMA")
 
 
 @dataclass(frozen=True)
 class Variant:
     """A kernel at the sizes it is launched with: the types of its arguments, and its constants by name.
 
-    A type among the constants is named as Triton's language names types. products: it has to use tensor cores.
-    targets: the cards it is launched on.
+    A type among the constants is named as Triton's language names types. cores: it has to use one of these instructions
+    of tensor cores. targets: the cards it is launched on.
     """
 
     name: str
     kernel: str
     types: tuple[str, ...]
     constants: Mapping[str, int | bool | str] = field(default_factory=dict)
-    products: bool = False
+    cores: tuple[str, ...] = ()
     warps: int = 4
     stages: int = 3
     targets: tuple[int, ...] = TARGETS
@@ -109,7 +109,7 @@ def variants() -> Iterator[Variant]:
                 "matmul.gemm_tiled",
                 ("*bf16", *weights, "*fp32", *["*i64"] * 5, "i32", "i32", "i32", *strides),
                 {**constants, "BM": tile.rows, "BN": tile.cols},
-                products=True,
+                cores=BF16_CORES,
                 warps=tile.warps,
                 stages=tile.stages,
                 targets=targets,
@@ -121,7 +121,7 @@ def variants() -> Iterator[Variant]:
         "fp4.gemm_fp4",
         ("*u8", "*u8", "*fp32", "*i32", "*u8", "*fp32", "*fp32", *["*i64"] * 5, *["i32"] * 5),
         {"TENSOR": 2, "BM": tile.rows, "BN": tile.cols},
-        products=True,
+        cores=FP4_CORES,
         warps=tile.warps,
         stages=tile.stages,
         targets=FP4_TARGETS,
@@ -146,7 +146,7 @@ def variants() -> Iterator[Variant]:
                 "matmul.gemm_plain",
                 ("*bf16", codes, scales, "*fp32", "i32", "i32", "i32"),
                 {**constants, "BM": tile.rows, "BN": tile.cols, "BK": launch.plain_columns(block)},
-                products=True,
+                cores=BF16_CORES,
                 warps=tile.warps,
                 stages=tile.stages,
                 targets=targets,
@@ -182,7 +182,7 @@ def variants() -> Iterator[Variant]:
                     "BM": launch.ATTEND_ROWS,
                     "BS": launch.ATTEND_KEYS,
                 },
-                products=True,
+                cores=BF16_CORES,
                 warps=launch.ATTEND_WARPS,
             )
         bits = "*u16" if kind == 1 else stored
@@ -214,11 +214,11 @@ def variants() -> Iterator[Variant]:
     sizes: dict[str, int | bool | str] = {"DK": 128, "KEYS": 128, "OPERAND": "bfloat16", "C": launch.CHUNK}
     yield Variant(
         "chunk_inside 128", "chunk.chunk_inside", ("*fp32",) * 6 + ("i32",) * 5 + ("fp32",), sizes,
-        products=True, stages=1,
+        cores=BF16_CORES, stages=1,
     )  # fmt: skip
     yield Variant(
         "chunk_states 128x128", "chunk.chunk_states", ("*fp32",) * 9 + ("i32",) * 6 + ("fp32",),
-        {**sizes, "DV": 128, "BV": launch.CHUNK_VALUES}, products=True, warps=launch.CHUNK_WARPS, stages=1,
+        {**sizes, "DV": 128, "BV": launch.CHUNK_VALUES}, cores=BF16_CORES, warps=launch.CHUNK_WARPS, stages=1,
     )  # fmt: skip
     yield Variant("conv_step", "delta.conv_step", (*floats, "*fp32", "i32"), {"TAPS": 4, "BLOCK": 256})
     yield Variant(
@@ -288,7 +288,8 @@ def compile_variant(variant: Variant, target: int) -> Compiled:
             width = next((w for w in ("128", "64") if f".{w}" in line), "32" if ".U" not in line else "8-16")
             loads[width] = loads.get(width, 0) + 1
     # ptxas reserves a few bytes of stack for some kernels that have no instruction to reach them.
-    local = any(line.split(".")[0] in ("LDL", "STL") for line in lines)
+    names = [line.split(".")[0] for line in lines]
+    local = "LDL" in names or "STL" in names
     return Compiled(
         variant.name,
         target,
@@ -296,7 +297,11 @@ def compile_variant(variant: Variant, target: int) -> Compiled:
         made.metadata.shared,
         int(found["STACK"]) + int(found["LOCAL"]) if local else 0,
         len(lines),
-        {core: count for core in TENSOR_CORES if (count := sum(line.split(".")[0] == core for line in lines))},
+        {
+            core: count
+            for core in (*BF16_CORES, *FP4_CORES)
+            if (count := sum(line.split(".")[0] == core for line in lines))
+        },
         loads,
     )
 
@@ -341,10 +346,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for one in pool.map(_compile, work):
             found.append(one)
             print(f"{one.name} sm_{one.target}: {one.registers} registers {one.trouble}", file=sys.stderr)
-    wanted = {variant.name for variant in chosen if variant.products}
-    bad = [one for one in found if one.trouble or (one.name in wanted and not one.tensor_cores)]
+    cores = {variant.name: variant.cores for variant in chosen}
+    idle = [one for one in found if cores[one.name] and not set(cores[one.name]) & set(one.tensor_cores)]
+    bad = [one for one in found if one.trouble or one in idle]
     for one in bad:
-        print(f"{one.name} sm_{one.target}: {one.trouble or 'uses no tensor cores'}", file=sys.stderr)
+        print(f"{one.name} sm_{one.target}: {one.trouble or 'uses none of the cores it has to'}", file=sys.stderr)
     if options.page:
         options.page.write_text(page(found))
     if options.json:

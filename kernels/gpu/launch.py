@@ -260,10 +260,12 @@ def _grouped(
     )  # fmt: skip
 
 
-def experts(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None, distinct: int
+) -> Tensor:
     """See `qwenrun.kernels.ops.experts`; both stacks are tiled."""
-    few = x.shape[0] <= FEW_TOKENS
-    return (_few_tokens if few else _many_tokens)(x, gate_up, down, index.contiguous(), weight.contiguous(), base)
+    given = (x, gate_up, down, index.contiguous(), weight.contiguous(), base)
+    return _few_tokens(*given) if x.shape[0] <= FEW_TOKENS else _many_tokens(*given, distinct)
 
 
 def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
@@ -283,7 +285,7 @@ def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight:
 
 
 def _many_tokens(
-    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None
+    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None, distinct: int
 ) -> Tensor:
     (tokens, k), hidden, inner = index.shape, down.rows, down.cols
     pairs, count, device = tokens * k, gate_up.codes.shape[0], x.device
@@ -291,14 +293,15 @@ def _many_tokens(
     order = flat.argsort(stable=True)
     sizes = torch.zeros(count, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
     # Both products have the same blocks of rows; of slots that nobody chose there are none.
-    each = -(-pairs // count)
+    chosen = min(distinct or count, pairs)
+    each = -(-pairs // chosen)
     tile = tiles.choose_all(each, (gate_up.spec, down.spec), _capability(device))
     if takes_fp4(gate_up, each) or takes_fp4(down, each):
         tile = tiles.FP4_TILE
     blocks = (sizes + tile.rows - 1) // tile.rows
     ends = blocks.cumsum(0)
     # As many as there can be at worst, so that nobody has to ask the card how many there are.
-    number = torch.arange(min(count, pairs) + pairs // tile.rows, device=device)
+    number = torch.arange(chosen + pairs // tile.rows, device=device)
     matrix = torch.searchsorted(ends, number, right=True).clamp(max=count - 1)
     starts = sizes.cumsum(0) - sizes
     first = starts[matrix] + (number - (ends - blocks)[matrix]) * tile.rows

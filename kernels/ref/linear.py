@@ -39,7 +39,13 @@ def embedding(ids: Tensor, w: Weight) -> Tensor:
 
 
 def experts(
-    x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None = None
+    x: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    index: Tensor,
+    weight: Tensor,
+    base: Tensor | None = None,
+    distinct: int = 0,
 ) -> Tensor:
     """See `qwenrun.kernels.ops.experts`."""
     tokens, k = index.shape

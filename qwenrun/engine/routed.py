@@ -44,7 +44,7 @@ class RoutedExperts:
 
     def __init__(self, prefix: str, cache: SlotCache, device: torch.device, assist: Assist | None = None) -> None:
         self._prefix, self._cache, self._device = prefix, cache, device
-        self._first = cache.first[prefix]
+        self._first, self._count = cache.first[prefix], cache.files[prefix].count
         self._stack = cache.stacks(prefix)
         self._op = bind("experts", device.type, self._stack[0].spec)
         self._assist = assist
@@ -88,7 +88,7 @@ class RoutedExperts:
 
     def compute(self, x: Tensor, slots: Tensor, weight: Tensor, base: Tensor) -> Tensor:
         """The kernel alone, slots i64 [T, k] in place of experts; nothing of it is the host's to know."""
-        return self._op(x, *self._stack, slots, weight, base)
+        return self._op(x, *self._stack, slots, weight, base, self._count)
 
     def fetch_and_compute(self, x: Tensor, wanted: np.ndarray, keys: list[int], weight: Tensor, base: Tensor) -> Tensor:
         """The same when some are not there."""
@@ -103,7 +103,7 @@ class RoutedExperts:
     def table(self) -> np.ndarray | None:
         """i64 [E]: the slot of each of the layer's experts, if all are there and none will ever have to make room."""
         cache = self._cache
-        own = np.arange(self._first, self._first + cache.files[self._prefix].count)
+        own = np.arange(self._first, self._first + self._count)
         slots = cache.slots_of(own)
         settled = not cache.table.contended and slots.min() >= 0
         if not settled or self.trace is not None or cache.lookup(own) is None:
@@ -186,7 +186,8 @@ class _Pass:
         slots = torch.from_numpy(self.cache.slots_of(self.flat[pairs])).to(self.x.device)
         at = torch.from_numpy(pairs).to(self.x.device)
         x = self.x[at // self.shape[1]]
-        self.rows[at] = self.layer._op(x, *self.layer._stack, slots[:, None], self.weight[at])
+        layer, weight = self.layer, self.weight[at]
+        self.rows[at] = layer._op(x, *layer._stack, slots[:, None], weight, None, len(keys))
         self.cache.used(keys)
         for key in keys:
             self.held.discard(key)

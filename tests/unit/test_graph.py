@@ -39,7 +39,7 @@ EXPERTS, LAYERS, TOP_K = 12, 4, 4
 
 
 def experts_of_a_device(
-    x: Tensor, gate_up: Any, down: Any, index: Tensor, weight: Tensor, base: Tensor | None = None
+    x: Tensor, gate_up: Any, down: Any, index: Tensor, weight: Tensor, base: Tensor | None = None, distinct: int = 0
 ) -> Tensor:
     """As `ops.experts`, and as on a card: nothing of `index` is the host's to know."""
     first = torch.einsum("tkij,tj->tki", decode(gate_up[index]), x)
