@@ -115,6 +115,7 @@ def root(
     Examples:
         qwenrun vram --ctx 32k,256k
         qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack
+        qwenrun quantize Qwen/Qwen3.5-35B-A3B -o 35b.pack
         qwenrun chat -m 35b.pack
         cat build.log | qwenrun chat -m 35b.pack -p "why did it fail?"
     """
@@ -124,7 +125,9 @@ def root(
 
 @app.command(cls=Command)
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face folder: config.json and safetensors.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A Hugging Face folder, or the name of a model that was pulled.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PACK", help="The pack to make, a folder.")],
     recipe: Recipe = "balanced",
     force: Annotated[bool, typer.Option("--force", help="Replace PACK if it is there already.")] = False,
@@ -382,19 +385,94 @@ def evaluate(
 
 
 @app.command(cls=Command)
-def verify(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="A pack.")],
+def pull(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="OWNER/NAME on the hub, or a short name of Qwen's.")],
+    revision: Annotated[str, typer.Option("--revision", metavar="R", help="A branch, a tag or a commit.")] = "main",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether the hub's weights differ from MODEL's, here also a pack.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Hash every file of a pack again and compare with what was written; remembers nothing.
+    """Download a model into Hugging Face's cache, every file's hash compared with the hub's; prints its folder.
+
+    Stopped or killed, the same command goes on where it stopped. HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and
+    HF_HUB_OFFLINE mean what they mean to Hugging Face's own tools. --check exits with 1 if anything differs.
+
+    Examples:
+        qwenrun pull Qwen3.5-0.8B
+        qwenrun pull Qwen/Qwen3.5-122B-A10B --revision main
+        qwenrun pull --check 122b.pack
+    """
+    from qwenrun.ui import hub
+
+    if check:
+        hub.check(model, revision, as_json=json)
+    else:
+        hub.pull(model, revision, as_json=json, quiet=quiet)
+
+
+@app.command(cls=Command)
+def ls(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Where to look for packs.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List packs in the current folder (or those given), and downloads in Hugging Face's cache.
+
+    Examples:
+        qwenrun ls
+        qwenrun ls ~/packs --json
+    """
+    from qwenrun.ui.hub import ls
+
+    ls(folders or [Path()], as_json=json)
+
+
+@app.command(cls=Command)
+def du(json: Json = False) -> None:
+    """Tell what downloads of the family take in Hugging Face's cache, unfinished ones included.
+
+    Examples:
+        qwenrun du
+    """
+    from qwenrun.ui.hub import du
+
+    du(as_json=json)
+
+
+@app.command(cls=Command)
+def rm(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pack, or a downloaded model's name.")],
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a pack, or a download with all its commits. Asks first; without a terminal it wants --yes.
+
+    Examples:
+        qwenrun rm 35b.pack
+        qwenrun rm Qwen/Qwen3.5-0.8B --yes
+    """
+    from qwenrun.ui.hub import rm
+
+    rm(model, yes=yes)
+
+
+@app.command(cls=Command)
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pack, or the name of a model that was pulled.")],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hash every file of a pack or a download again and compare: with what was written, or with the hub's hashes.
 
     Examples:
         qwenrun verify 35b.pack
+        qwenrun verify Qwen/Qwen3.5-0.8B
     """
     from qwenrun.ui.pack import verify
 
-    verify(pack, as_json=json, quiet=quiet)
+    verify(model, as_json=json, quiet=quiet)
 
 
 @app.command(cls=Command)

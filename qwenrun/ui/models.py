@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qwenrun.demo import model_dir
 from qwenrun.errors import ModelError, UsageError
-from qwenrun.model.config import ModelConfig
+from qwenrun.hub import cache
+from qwenrun.model.config import ModelConfig, zoo_names
 from qwenrun.model.inventory import inventory
 from qwenrun.plan.buffers import Run
 from qwenrun.plan.device import spare_memory
@@ -36,6 +37,8 @@ def find_model(name: str | None, quiet: bool = False) -> Path:
     path = Path(name).expanduser()
     if is_pack(path) or (path / "config.json").is_file():
         return path
+    if not path.exists() and (download := find_download(name)):
+        return download.folder
     if path.exists():
         raise ModelError(
             f"{path} is no model: neither a pack ({MANIFEST}) nor a Hugging Face folder (config.json)", f"ls {path}"
@@ -43,12 +46,20 @@ def find_model(name: str | None, quiet: bool = False) -> Path:
     raise ModelError(f"there is no model at {path}", _how_to_get(name))
 
 
+def find_download(name: str) -> cache.Download | None:
+    """The model in Hugging Face's cache that a person calls so: OWNER/NAME, or Qwen's of that short name."""
+    if cache.is_repo(name):
+        return cache.find(name)
+    known = [zoo for zoo in zoo_names() if zoo.lower() == name.lower()]
+    return cache.find(f"Qwen/{known[0]}") if known else None
+
+
 def _how_to_get(name: str) -> str:
     try:
         known = ModelConfig.from_name(name).name
     except (ModelError, UsageError):
         return "qwenrun chat -m PACK, or leave -m out to try the embedded demo model"
-    return f"download Qwen/{known} first: hf download Qwen/{known} --local-dir {known}"
+    return f"qwenrun pull Qwen/{known}"
 
 
 def is_pack(path: Path) -> bool:

@@ -10,11 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from qwenrun.hub import cache
 from qwenrun.model.config import ModelConfig
 from qwenrun.quant.packfile.layout import PACK_VERSION, Manifest, TensorEntry, expert_layout
 from qwenrun.quant.recipe import stored_bytes
 from qwenrun.ui import console
-from qwenrun.ui.models import manifest_of, model_name
+from qwenrun.ui.models import find_download, manifest_of, model_name
 from qwenrun.ui.progress import Progress
 from qwenrun.ui.tables import fields, table
 
@@ -161,8 +162,12 @@ def _render(content: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def verify(path: Path, *, as_json: bool, quiet: bool) -> None:
-    """Hash every file of the pack at `path` again. Raises PackError naming each file that differs."""
+def verify(name: str, *, as_json: bool, quiet: bool) -> None:
+    """Hash every file of a pack, or of a download, again. Raises PackError or ModelError naming what differs."""
+    path = Path(name).expanduser()
+    if not path.exists() and (download := find_download(name)):
+        _verify_download(download, as_json=as_json, quiet=quiet)
+        return
     manifest = manifest_of(path)
     total = sum(size for size, _ in manifest.files.values())
     done = 0
@@ -179,3 +184,20 @@ def verify(path: Path, *, as_json: bool, quiet: bool) -> None:
         console.document("verify", 1, {"pack": str(path), "ok": True, "files": len(manifest.files), "bytes": total})
     else:
         console.say(f"{path}: {len(manifest.files)} files, {console.size(total)}, every sha256 as written")
+
+
+def _verify_download(download: cache.Download, *, as_json: bool, quiet: bool) -> None:
+    total, done = download.nbytes, 0
+    with Progress("verify", quiet=quiet) as progress:
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        count = cache.verify(download, advance)
+    if as_json:
+        content = {"download": download.repo, "commit": download.commit, "ok": True, "files": count, "bytes": total}
+        console.document("verify", 1, content)
+    else:
+        console.say(f"{download.repo}: {count} files, {console.size(total)}, every hash is the hub's")

@@ -18,7 +18,7 @@ from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import match
 from qwenrun.quant.recipe import Recipe
 from qwenrun.ui import console
-from qwenrun.ui.models import is_pack
+from qwenrun.ui.models import find_download, is_pack
 from qwenrun.ui.progress import Progress
 from qwenrun.ui.tables import table
 
@@ -27,11 +27,13 @@ _NUMBERED = re.compile(r"\.(layers|blocks)\.\d+\.")
 
 
 def quantize(
-    convert: Callable[..., Any], source: Path, out: Path, *, recipe: str, force: bool, as_json: bool, quiet: bool
+    convert: Callable[..., Any], name: str, out: Path, *, recipe: str, force: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Convert the folder `source` into the pack `out`; the report of `convert` goes to stdout."""
+    """Convert the folder or download `name` into the pack `out`; the report of `convert` goes to stdout."""
     chosen = Recipe.load(recipe)
-    source = source.expanduser()
+    source = Path(name).expanduser()
+    if not source.exists() and (download := find_download(name)):
+        source = download.folder
     if is_pack(source):
         raise ModelError(f"{source} is a pack already", "give the Hugging Face folder it was made from")
     config = ModelConfig.from_folder(source)

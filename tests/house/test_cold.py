@@ -13,6 +13,8 @@ COLD = [
     "qwenrun.demo",
     "qwenrun.demo.dataset",
     "qwenrun.engine.events",
+    "qwenrun.hub.cache",
+    "qwenrun.hub.remote",
     "qwenrun.kernels",
     "qwenrun.kernels.spec",
     "qwenrun.model.config",
