@@ -103,7 +103,7 @@ class _Meter(TorchDispatchMode):
         owners = {t.untyped_storage()._cdata for t in given}
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
         views = all(t.untyped_storage()._cdata in owners for t in made) and not writes
-        if not views and not function._schema.name.startswith("aten::empty"):
+        if not views and not function._schema.name.startswith(("aten::empty", "aten::new_empty")):
             for write, tensors in enumerate((given, made)):
                 for tensor in tensors:
                     self.touch(np.arange(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, SECTOR), 1, bool(write))
