@@ -56,7 +56,7 @@ def refusal(name: str, op: str, device: str, spec: BlockSpec | None) -> str:
     """Why backend `name` does not serve `op` there, or "" if it does."""
     package = backends()[name]
     backend: Backend = package.BACKEND
-    if not hasattr(package, op):
+    if not callable(getattr(package, op, None)):  # a submodule may have an op's name
         return f"has no {op}"
     if backend.devices and device not in backend.devices:
         return f"computes on {', '.join(backend.devices)}, not on {device}"

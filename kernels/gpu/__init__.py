@@ -146,7 +146,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def router(x: Tensor, gate: Weight, k: int) -> tuple[Tensor, Tensor]:
     """See `qwenrun.kernels.ops.router`."""
-    return _launch().choose(linear(x.float(), gate), k)
+    launch, rows = _launch(), x.float()
+    return launch.choose(linear(rows, gate) if _refuses("linear", gate.spec) else launch.exact_product(rows, gate), k)
 
 
 def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

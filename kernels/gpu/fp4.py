@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwenrun.kernels.gpu.decode import scale_of
+from qwenrun.kernels.gpu.codes import scale_of
 
 
 @triton.jit

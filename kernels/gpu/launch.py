@@ -163,6 +163,15 @@ def product(x: Tensor, w: Weight) -> Tensor:
     return out
 
 
+def exact_product(x: Tensor, w: Weight) -> Tensor:
+    """`product` with a matrix of bfloat16 numbers, each x as the sum of two of them, which errs by 2^-17 of it: for
+    what decides, where a near tie must not be turned. Tensor cores round x to one, by 2^-9."""
+    if x.shape[0] == 1 or INTERPRETED or w.codes.dtype != torch.bfloat16:
+        return product(x, w)
+    high = x.to(OPERAND).float()
+    return product(high, w) + product(x - high, w)
+
+
 def plain_columns(block: int) -> int:
     """Columns that a step of `matmul.gemm_plain` has, of rows with scales for `block` columns (0: with none)."""
     return min(64, block or 64)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwenrun.kernels.gpu.decode import nibble, scale_of
+from qwenrun.kernels.gpu.codes import nibble, scale_of
 
 
 @triton.jit

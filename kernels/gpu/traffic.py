@@ -20,30 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from qwenrun.kernels import gpu, ref
-from qwenrun.kernels.cases import SPECS
+from qwenrun.kernels import gpu
+from qwenrun.kernels.gpu.steps import Step, decode_steps, tensors
 from qwenrun.kernels.ops import FACTORIES
-from qwenrun.kernels.spec import BlockSpec
-from qwenrun.kernels.weight import Weight
 
 SECTOR = 32
 BOUND = 1.05
-
-
-@dataclass(frozen=True)
-class Step:
-    """An op that a decoded token asks of a card, with its arguments. minimum: bytes to be read or written however it is
-    done."""
-
-    name: str
-    op: str
-    arguments: tuple[Any, ...]
-    minimum: int
 
 
 @dataclass(frozen=True)
@@ -163,7 +149,7 @@ def measure(step: Step) -> Moved:
     with _metered(meter):
         made = work(*given)
     # Sorted runs of sectors of what was there before or is there after.
-    lasting = [t.untyped_storage() for t in _tensors((step.arguments, made))]
+    lasting = [t.untyped_storage() for t in tensors((step.arguments, made))]
     spans = sorted({(s.data_ptr() // SECTOR, (s.data_ptr() + s.nbytes() - 1) // SECTOR) for s in lasting})
     starts, ends = np.array(spans).T
     at, times = np.array(list(meter.sectors)), np.array(list(meter.sectors.values()))
@@ -171,69 +157,6 @@ def measure(step: Step) -> Moved:
     kept = int(times[(at >= starts[which]) & (at <= ends[which])].sum()) * SECTOR
     total = int(times.sum()) * SECTOR
     return Moved(step.name, step.minimum, kept, total - kept, meter.asked, meter.launches)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """All tensors in it, those of weights too."""
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Weight):
-            yield from leaf.parts.values()
-        elif isinstance(leaf, Tensor):
-            yield leaf
-
-
-def nbytes(*values: Any) -> int:
-    """Bytes of all tensors in them."""
-    return sum(t.nbytes for t in _tensors(values))
-
-
-def steps(cut: int = 4, positions: Sequence[int] = (4096, 32768, 262144)) -> Iterator[Step]:
-    """What a layer of the 122B asks of a card for one token, with two experts of its eight: each takes the same.
-
-    cut: that many times fewer rows, heads and experts' numbers, for the interpreter is slow; with fewer, what does not
-    depend on them weighs more, never less. positions: lengths of the cache.
-    """
-    hidden, inner, chosen = 3072, 1024, 2
-    dense = {"int4-g128": "int4-g128-tiled", "nvfp4": "nvfp4-tiled", "int8-g128": "int8-g128", "bf16": "bf16"}
-    for name, storage in dense.items():
-        for part, rows, cols in (("qkv", 12288, hidden), ("out", hidden, 8192)):
-            x, w = torch.randn(1, cols), ref.encode(torch.randn(rows // cut, cols), SPECS[storage])
-            yield Step(f"linear {part} {name}", "linear", (x, w), nbytes(x, w) + 4 * w.rows)
-    for name in ("int4-g128", "nvfp4"):
-        spec, width, size = SPECS[dense[name]], max(hidden // cut, 256), max(inner // cut, 128)
-        gate_up = ref.encode(torch.randn(chosen, 2 * size, width), spec, tensor_scales=2)
-        down = ref.encode(torch.randn(chosen, width, size), spec)
-        given: tuple[Any, ...] = (
-            torch.randn(1, width) / 8,
-            gate_up,
-            down,
-            torch.arange(chosen)[None],
-            torch.rand(1, chosen),
-        )
-        given = (*given, torch.randn(1, width))
-        yield Step(f"experts {name}", "experts", given, nbytes(given) + 4 * width)
-    for name in ("bf16", "int8"):
-        for length in positions:
-            q, k, v = torch.randn(1, 32, 256), torch.randn(1, 2, 256), torch.randn(1, 2, 256)
-            caches: list[Any] = [torch.randn(length, 2, 256).bfloat16() for _ in range(2)]
-            if name == "int8":
-                caches = [ref.encode(cache.float(), BlockSpec("int8", 256, "f16")) for cache in caches]
-            given = (q, k, v, *caches, torch.tensor([length - 1]), 0.0625)
-            least = nbytes(given) + nbytes(caches) // length + nbytes(q)
-            yield Step(f"attention {name} {length:,}", "decode_attention", given, least)
-    heads, keys = 64 // cut, 16 // cut
-    channels, values = (2 * keys + heads) * 128, heads * 128
-    state, window = torch.randn(heads, 128, 128), torch.randn(3, channels)
-    vectors = (torch.randn(channels, 4), window, -torch.rand(heads), torch.randn(heads), torch.randn(128), 1e-6, state)
-    given = (torch.randn(1, channels), torch.randn(1, values), torch.randn(1, heads), torch.randn(1, heads), *vectors)
-    yield Step("delta_net", "delta_net", given, nbytes(given) + nbytes(state, window) + 4 * values)
-    for storage in ("int4-g128-tiled", "int8-g128"):
-        size = max(inner // cut, 128)
-        shapes = ((size, hidden), (size, hidden), (hidden, size))
-        shared = [ref.encode(torch.randn(*shape) / 8, SPECS[storage]) for shape in shapes]
-        router, gate = (Weight.plain(torch.randn(rows, hidden).bfloat16()) for rows in (256 // cut, 1))
-        given = (torch.randn(hidden), 1e-6, router, 2, *shared, gate, torch.randn(1, hidden), torch.randn(1, hidden))
-        yield Step(f"moe_entry {storage}", "moe_entry", given, nbytes(given) + 12 * hidden)
 
 
 def page(found: Sequence[Moved]) -> str:
@@ -268,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not gpu.INTERPRETED:
         parser.error("addresses are seen under the interpreter alone: set TRITON_INTERPRET=1")
     found = []
-    for step in steps():
+    for step in decode_steps(cut=4, chosen=2):
         if options.only in step.name:
             found.append(measure(step))
             print(f"{step.name}: {found[-1].ratio:.3f} of the minimum", file=sys.stderr)

@@ -207,6 +207,11 @@ class Engine:
         with or without thinking (by default `thinking_default`)."""
         return self._defaults.params(think)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._arena.device
+
     # -- memory ----------------------------------------------------------------------------------------------
 
     def bytes_per_token(self) -> int:
@@ -307,6 +312,9 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"{name!r} is no device", hint="--device cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here, or torch was built without it", hint="--device cpu")
+    if device.type == "cuda" and device.index is None:
+        # Some of torch's functions want to know which.
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -40,3 +40,13 @@ def read_bandwidth(progress: Callable[[int, int], None] | None = None) -> tuple[
             progress(number + 1, total)
     how = METHOD.format(passes=PASSES, mib=buffer.nbytes >> 20, threads=torch.get_num_threads())
     return best, how
+
+
+def card_bandwidth() -> tuple[float, str]:
+    """The same of the card's memory. An engine's cap on what torch may take is lifted: what is measured is no model."""
+    import torch
+
+    from qwenrun.kernels.gpu.speed import RUNS, read_bandwidth
+
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return read_bandwidth(), f"best of {RUNS} sums of float32 on {torch.cuda.get_device_name()}"

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrun.engine.events import ExpertUse
 from qwenrun.errors import UsageError
-from qwenrun.measure.bandwidth import read_bandwidth
+from qwenrun.measure.bandwidth import card_bandwidth, read_bandwidth
 from qwenrun.measure.machine import machine, peak_rss
 
 if TYPE_CHECKING:
+    import torch
+
     from qwenrun.engine.engine import Engine
 SEED = 0
 
@@ -42,7 +44,8 @@ class BenchResult:
     """What one measurement found; bandwidths in bytes per second.
 
     achieved: weight bytes read per token times tokens per second. in_cache: the weights that a token reads fit
-    into the processor's cache, so that `achieved` says nothing of memory. plan: what was planned, in bytes.
+    into the processor's (or the card's) cache, so that `achieved` says nothing of memory. plan: what was planned, in
+    bytes.
     prefill_experts, decode_experts: the expert cache in the measured runs. disk_read_bandwidth: bytes of experts
     read per second while any read was under way; 0 without one. peak_rss: of this process, so far.
     """
@@ -105,6 +108,14 @@ class BenchResult:
         }
 
 
+def finish(device: torch.device) -> None:
+    """Wait until a card has done what it was told; it is told long before."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
 def bench(
     engine: Engine,
     prompt_tokens: int,
@@ -140,6 +151,7 @@ def bench(
         prompt = [rng.randrange(engine.vocab_size) for _ in range(prompt_tokens)]
         begun = time.perf_counter()
         session.prefill(prompt)
+        finish(engine.device)
         prefill.append(prompt_tokens / (time.perf_counter() - begun))
         advance("prefill")
         between = engine.expert_stats()
@@ -148,6 +160,7 @@ def bench(
             token = rng.randrange(engine.vocab_size)
             begun = time.perf_counter()
             session.step(token)
+            finish(engine.device)
             spent += time.perf_counter() - begun
             advance("decode")
         decode.append(gen_tokens / spent)
@@ -159,8 +172,12 @@ def bench(
     read_bytes, read_seconds = (now - then for now, then in zip(engine.disk_reads(), read_from))
     disk_read = read_bytes / read_seconds if read_seconds > 0 else 0.0
     rss = peak_rss()  # before the measurement of memory, which takes memory of its own
-    bandwidth, method = read_bandwidth()
-    cache = machine().cache_bytes
+    on_card = engine.device.type == "cuda"
+    bandwidth, method = card_bandwidth() if on_card else read_bandwidth()
+    cache, where = machine().cache_bytes, machine().line()
+    if on_card:
+        card = torch.cuda.get_device_properties(engine.device)
+        cache, where = card.L2_cache_size, f"{card.name}, {where}"
     bytes_per_token = engine.bytes_per_token()
     return BenchResult(
         model=engine.config.name,
@@ -175,7 +192,7 @@ def bench(
         read_bandwidth=bandwidth,
         bandwidth_method=method,
         threads=torch.get_num_threads(),
-        machine=machine().line(),
+        machine=where,
         in_cache=cache is not None and bytes_per_token <= cache,
         plan={
             "device_bytes": engine.plan.parts(),

@@ -21,7 +21,7 @@ from qwenrun.kernels.cases import FLOAT32, SPECS, Case, cases, inputs
 from qwenrun.kernels.dispatch import FALLBACK, backends, explain, pick
 from qwenrun.kernels.ops import FACTORIES, encode
 from qwenrun.kernels.weight import Weight
-from qwenrun.measure.bandwidth import read_bandwidth
+from qwenrun.measure.bandwidth import card_bandwidth, read_bandwidth
 from qwenrun.measure.machine import diagnose
 
 GOLDEN = "golden.json"
@@ -114,7 +114,7 @@ def selftest(device: str | None = None, progress: Callable[[int, int], None] | N
         checked.append(_checked(case, device))
         if progress:
             progress(number + 1, len(table))
-    bandwidth = read_bandwidth()[0] if device == "cpu" else _card_bandwidth()
+    bandwidth, _ = read_bandwidth() if device == "cpu" else card_bandwidth()
     streamed = tuple(_streamed(storage, device, bandwidth) for storage in SPEED_FORMS)
     logits, trouble = float("nan"), ""
     try:
@@ -176,14 +176,8 @@ def _checked(case: Case, device: str) -> Checked:
     return Checked(case.name, backend.name, worst, bound)
 
 
-OPERANDS = {"linear", "linears", "swiglu", "moe_entry", "experts", "attention", "decode_attention", "router"}
+OPERANDS = {"linear", "linears", "swiglu", "moe_entry", "experts", "attention", "decode_attention"}
 OPERANDS |= {"delta_rule", "delta_net"}
-
-
-def _card_bandwidth() -> float:
-    """Bytes per second that the card reads: the best of several sums over 1 GiB."""
-    buffer = torch.ones(1 << 28, dtype=torch.float32, device="cuda")
-    return max(buffer.nbytes / _seconds(buffer.sum, "cuda") for _ in range(SPEED_RUNS))
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:

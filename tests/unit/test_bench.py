@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from qwenrun.demo.dataset import pairs
 from qwenrun.engine.events import Done, Event, ExpertUse, Token
@@ -63,6 +64,7 @@ def fake_engine(session: Any, ctx: int = 64) -> Any:
         run=SimpleNamespace(ctx=ctx, kv="int8"),
         config=SimpleNamespace(name="fake"),
         path=Path("/fake"),
+        device=torch.device("cpu"),
         vocab_size=50,
         bytes_per_token=lambda: 2_000_000_000,
         plan=SimpleNamespace(parts=lambda tier="device": {"total": 7}, experts=10, slots=4),

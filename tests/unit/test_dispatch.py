@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import types
 
 import pytest
@@ -34,6 +35,19 @@ def test_the_reference_is_found_and_has_every_op() -> None:
         assert callable(getattr(reference, op))
         assert ops.bind(op) is dispatch.pick(op)
     assert dispatch.backends()[dispatch.FALLBACK].BACKEND.priority == 0
+
+
+def test_no_submodule_hides_an_op() -> None:
+    """Importing a submodule sets an attribute of its package, which may have an op's name."""
+    for name, package in dispatch.backends().items():
+        taken = {module.name for module in pkgutil.iter_modules(package.__path__)} & set(ops.OPS)
+        assert all(callable(getattr(package, op)) for op in taken), name
+        assert name == "ref" or not taken, name
+
+
+def test_a_submodule_is_no_op(fake: types.ModuleType) -> None:
+    fake.decode = types.ModuleType("fake.decode")  # type: ignore[attr-defined]
+    assert dispatch.pick("decode", "cpu", INT4) is dispatch.backends()["ref"].decode
 
 
 def test_the_faster_one_serves_what_it_can(fake: types.ModuleType) -> None:

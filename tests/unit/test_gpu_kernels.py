@@ -217,8 +217,10 @@ def test_the_delta_rule_continues_from_its_state(tokens: int, cut_at: int, decay
     whole = ref.delta_rule(q, k, v, g, beta, want)
     pieces = (slice(0, cut_at), slice(cut_at, tokens))
     cut = [gpu.delta_rule(*(x[p] for x in (q, k, v, g, beta)), parts) for p in pieces]
-    assert error(torch.cat(cut), whole) < 1e-5
-    assert error(parts, want) < 1e-5
+    # A chunk's decays are differences of sums of up to 32 of them, which float32 rounds by 2^-24 of the sum.
+    bound = 1e-5 + 32 * decay * 2**-24
+    assert error(torch.cat(cut), whole) < bound
+    assert error(parts, want) < bound
 
 
 def test_not_a_number_comes_through() -> None:
@@ -297,10 +299,11 @@ def test_a_graph_can_hold_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_a_token_moves_is_what_it_has_to() -> None:
     """At a 32nd of the rows: memory that outlives an op moves once. Scratch is a share of a whole layer's rows, and is
     bounded where it does not depend on how many there are; `make gpu-traffic` counts whole layers."""
-    from qwenrun.kernels.gpu.traffic import BOUND, measure, steps
+    from qwenrun.kernels.gpu.steps import decode_steps
+    from qwenrun.kernels.gpu.traffic import BOUND, measure
 
     wanted = ("linear out int4-g128", "linear qkv int8-g128", "experts int4-g128", "attention int8 128", "delta_net")
-    found = {step.name: measure(step) for step in steps(32, (128,)) if step.name in wanted}
+    found = {step.name: measure(step) for step in decode_steps(32, (128,), 2) if step.name in wanted}
     assert len(found) == len(wanted)
     for name, one in found.items():
         assert 0.97 < one.kept / one.minimum < BOUND, name
@@ -309,7 +312,8 @@ def test_what_a_token_moves_is_what_it_has_to() -> None:
 
 
 def test_what_is_read_twice_counts_twice() -> None:
-    from qwenrun.kernels.gpu.traffic import Step, measure, nbytes
+    from qwenrun.kernels.gpu.steps import Step, nbytes
+    from qwenrun.kernels.gpu.traffic import measure
 
     x, w = torch.randn(1, 1024), Weight.plain(torch.randn(64, 1024))
     once = measure(Step("", "linear", (x, w), nbytes(x, w) + 4 * w.rows))
