@@ -65,7 +65,7 @@ class Case:
     def bound_of(self, backend: Backend) -> float:
         """The bound for what this backend says of itself."""
         rounds = self.spec is not None and self.spec.codes in backend.rounds and self.op in ROUNDED
-        return ROUNDED[self.op] if rounds else self.bound
+        return max(self.bound, ROUNDED[self.op] * 2 ** (8 - backend.rounded_bits)) if rounds else self.bound
 
     @property
     def name(self) -> str:

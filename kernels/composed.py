@@ -60,7 +60,7 @@ def moe_entry(
     def apply(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         stream = x + y
         normed = own.rms_norm(stream, norm, eps)
-        index, weight = top_k(own.linear(normed, router), k)
+        index, weight = own.router(normed, router, k)
         base = torch.addcmul(stream, torch.sigmoid(own.linear(normed, shared_gate)), shared(normed))
         return stream, normed, index, weight, base
 

@@ -28,7 +28,7 @@ class Backend:
     priority: where two can serve, the higher one does; the reference has 0.
     devices: the torch device types it computes on; empty means any.
     refuses: (op, spec or None) -> "" if it can serve on this machine, else a sentence why not.
-    rounds: codes of weights whose products it makes with activations rounded to 8 bits, block by block.
+    rounds: codes of weights whose products it makes with activations rounded to rounded_bits bits, block by block.
     detail: what it runs with on this machine, in a few words, where it runs.
     """
 
@@ -37,6 +37,7 @@ class Backend:
     devices: tuple[str, ...]
     refuses: Callable[[str, BlockSpec | None], str]
     rounds: tuple[str, ...] = ()
+    rounded_bits: int = 8
     detail: Callable[[], str] = lambda: ""
 
 

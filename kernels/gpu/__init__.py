@@ -39,9 +39,7 @@ def _refuses(op: str, spec: BlockSpec | None) -> str:
         return why
     if spec is None:
         return ""
-    if op == "experts":
-        return "" if spec.tile else f"has no experts but tiled ones, and {spec.codes} is stored row by row"
-    if op != "linear":
+    if op not in ("linear", "experts"):
         return ""
     if spec.tile or spec.codes in _PLAIN or (spec.codes == "int8" and spec.scale == "f16"):
         return ""
@@ -53,6 +51,9 @@ BACKEND = Backend(
     priority=-1 if INTERPRETED else 20,
     devices=("cpu",) if INTERPRETED else ("cuda",),
     refuses=_refuses,
+    # Of one token; a prompt's are bfloat16 on a card.
+    rounds=("int4", "e2m1"),
+    rounded_bits=16,
 )
 
 
@@ -79,7 +80,14 @@ def experts(
     base: Tensor | None = None,
     distinct: int = 0,
 ) -> Tensor:
-    """See `qwenrun.kernels.ops.experts`."""
+    """See `qwenrun.kernels.ops.experts`. Those of many tokens that are not tiled are the reference's."""
+    if not gate_up.spec.tile or not down.spec.tile:
+        few = x.shape[0] <= _launch().FEW_TOKENS and not any(
+            _refuses("linear", w.spec) or w.spec.tile for w in (gate_up, down)
+        )
+        if few:
+            return _launch().few_plain(x, gate_up, down, index, weight, base).to(x.dtype)
+        return ref.experts(x, gate_up, down, index, weight, base)
     return _launch().experts(x, gate_up, down, index, weight, base, distinct).to(x.dtype)
 
 
@@ -181,8 +189,8 @@ def linears(
         if not rows or x.shape[0] > 1:
             return many(x)
         launch = _launch()
-        row = launch.Row(x) if norm is None else launch.add_norm(x, None, norm, eps)[1]
-        return [launch.row_product(row, w).to(x.dtype) for w in weights]
+        row = launch.row(x) if norm is None else launch.add_norm(x, None, norm, eps, launch.kind_of(weights))[1]
+        return [out.to(x.dtype) for out in launch.linears(row, weights)]
 
     return apply
 
@@ -195,7 +203,7 @@ def swiglu(gate: Weight, up: Weight, down: Weight) -> Callable[[Tensor], Tensor]
         if not rows or x.shape[0] > 1:
             return many(x)
         launch = _launch()
-        return launch.row_swiglu(launch.Row(x), gate, up, down).to(x.dtype)
+        return launch.row_swiglu(launch.row(x), gate, up, down).to(x.dtype)
 
     return apply
 
@@ -210,11 +218,7 @@ def moe_entry(
     def apply(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if not rows or x.shape[0] > 1:
             return many(x, y)
-        launch = _launch()
-        stream, row = launch.add_norm(x, y, norm, eps)
-        index, weight = launch.choose(launch.row_product(row, router), k)
-        base = launch.row_swiglu(row, gate, up, down, (stream, launch.row_product(row, shared_gate)))
-        return stream, row.plain, index, weight, base
+        return _launch().moe_entry(x, y, norm, eps, router, k, (gate, up, down), shared_gate)
 
     return apply
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenrun.kernels.cases import SPECS
-from qwenrun.kernels.gpu.tiles import FP4_TARGETS, FP4_TILE, TARGETS, Tile, choose
+from qwenrun.kernels.gpu.tiles import FP4_TARGETS, FP4_TILE, TARGETS, Tile, attention, choose
 from qwenrun.kernels.spec import BlockSpec
 
 # Bytes of shared memory a block may use (CUDA C programming guide, table of compute capabilities).
@@ -78,31 +78,35 @@ def variants() -> Iterator[Variant]:
 
     for form in ("int4-g128", "int4-g32", "int4-g128-zero", "nvfp4", "mxfp4"):
         spec = SPECS[f"{form}-tiled"]
-        constants = launch.format_of(spec, 2 if spec.tensor_scale else 0)
+        constants: dict[str, int | bool | str] = dict(launch.format_of(spec, 2 if spec.tensor_scale else 0))
         parts = ("*i32", "*u16" if constants["SCALE"] == 0 else "*u8", "*u8" if constants["ZERO"] else "*i32")
         scales = "*fp32" if constants["TENSOR"] else "*i32"
-        weights, steps = (*parts, scales), {**constants, "STEPS": launch.STEPS}
-        one_tile = {**constants, "STEPS": launch.one_tile_steps("e8m0" if form == "mxfp4" else "")}
+        weights = (*parts, scales)
+        rounded, made = ("*i32", "*fp32"), ("*i8", "*fp32")
+        constants |= {"ASSEMBLY": True, "STEPS": launch.STEPS}
         yield Variant(
-            f"gemv_tiled {form}", "matmul.gemv_tiled", ("*fp32", *weights, "*fp32", "i32", "i32", "i32"),
-            {**steps, "ROWS": launch.ROWS},
+            f"gemv_tiled {form}", "matmul.gemv_tiled", (*rounded, *weights, "*fp32", "i32", "i32", "i32"),
+            {**constants, "ROWS": launch.ROWS}, warps=launch.WARPS,
         )  # fmt: skip
-        yield Variant(
-            f"swiglu_tiled {form}", "moe.swiglu_tiled", ("*fp32", *weights, *weights, "*fp32", "i32", "i32"), one_tile
-        )
+        kind = constants["KIND"]
+        for to, written in ((kind, made), (-1, ("*fp32", "*fp32"))):
+            yield Variant(
+                f"swiglu_tiled {form}{' plain' if to == -1 else ''}", "moe.swiglu_tiled",
+                (*rounded, *weights, *weights, *written, "i32", "i32"), {**constants, "FOR": to}, warps=launch.WARPS,
+            )  # fmt: skip
         strides = ("i32",) * 4
         yield Variant(
-            f"experts gate_up {form}",
-            "moe.gate_up_tiled",
-            ("*fp32", "*i64", *weights, "*fp32", "i32", "i32", *strides),
-            {"K_CHOSEN": 8, **steps},
-        )
+            f"experts gate_up {form}", "moe.gate_up_tiled",
+            (*rounded, "*i64", *weights, *made, "i32", "i32", *strides), {"K_CHOSEN": 8, **constants, "FOR": kind},
+            warps=launch.WARPS,
+        )  # fmt: skip
         yield Variant(
-            f"experts down {form}",
-            "moe.down_tiled",
-            ("*fp32", "*i64", "*fp32", *weights, "*fp32", "*fp32", "i32", "i32", *strides),
-            {"K_CHOSEN": 8, "HAS_BASE": True, **one_tile},
-        )
+            f"experts down {form}", "moe.down_tiled",
+            (*rounded, "*i64", "*fp32", *weights, "*fp32", "*fp32", "i32", "i32", *strides),
+            {"K_CHOSEN": 8, "HAS_BASE": True, **constants, "STEPS": launch.DOWN_STEPS, "ROWS": launch.DOWN_ROWS},
+            warps=launch.DOWN_WARPS,
+        )  # fmt: skip
+        del constants["ASSEMBLY"], constants["STEPS"]
         for tile, targets in _tiles(spec):
             yield Variant(
                 f"gemm_tiled {form} {tile.rows}x{tile.cols} w{tile.warps}",
@@ -129,61 +133,65 @@ def variants() -> Iterator[Variant]:
     for form, codes, scaled, block in (("int8-g128", "*i8", True, 128), ("bf16", "*bf16", False, 2048)):
         scales = "*u16" if scaled else codes
         constants = {"BLOCK": block, "SCALED": scaled}
-        yield Variant(
-            f"gemv_plain {form}",
-            "matmul.gemv_plain",
-            ("*fp32", codes, scales, "*fp32", "i32", "i32"),
-            {
-                **constants,
-                "BN": launch.PLAIN_ROWS,
-                "BK": launch.PLAIN_COLS,
-                "RUN": launch.PLAIN_RUN // (1 if scaled else 2),
-            },
-        )
+        for size in (1, 1024):
+            rows_, warps = launch.plain_shape(size, scaled)
+            sizes = {"BN": rows_, "BK": launch.PLAIN_COLS, "RUN": launch.PLAIN_RUN // (1 if scaled else 2)}
+            yield Variant(
+                f"gemv_plain {form} {rows_}", "matmul.gemv_plain", ("*fp32", codes, scales, "*fp32", "i32", "i32"),
+                {**constants, **sizes}, warps=warps,
+            )  # fmt: skip
+            yield Variant(
+                f"gemv_plain_pairs {form} {rows_}", "matmul.gemv_plain_pairs",
+                ("*fp32", "*i64", codes, scales, "*fp32", *["i32"] * 5), {**constants, **sizes}, warps=warps,
+            )  # fmt: skip
         for tile, targets in _tiles(SPECS[form]):
             yield Variant(
                 f"gemm_plain {form} {tile.rows}x{tile.cols} w{tile.warps}",
                 "matmul.gemm_plain",
                 ("*bf16", codes, scales, "*fp32", "i32", "i32", "i32"),
-                {**constants, "BM": tile.rows, "BN": tile.cols, "BK": launch.plain_columns(block)},
+                {**constants, "BM": tile.rows, "BN": tile.cols, "BK": launch.plain_columns(block if scaled else 0)},
                 cores=BF16_CORES,
                 warps=tile.warps,
                 stages=tile.stages,
                 targets=targets,
             )
     floats = ("*fp32", "*fp32", "*fp32")
-    yield Variant("split_rows", "matmul.split_rows", ("*fp32", "*fp32", "i32"), {"BLOCK": 1024})
-    yield Variant("split_blocks", "matmul.split_blocks", ("*fp32", "*bf16", "i32", "i32"))
+    for kind, form in ((0, "int4"), (2, "e2m1")):
+        yield Variant(
+            f"round_rows {form}", "rounded.round_rows", ("*fp32", "*i8", "*fp32", "i32"),
+            {"KIND": kind, "BLOCKS": launch.ROUNDED_BLOCKS},
+        )  # fmt: skip
     for onto in (False, True):
         yield Variant(
             "add_shares onto" if onto else "add_shares", "matmul.add_shares", (*floats, "*fp32", "i32"),
             {"SHARES": 2, "ONTO": onto, "BLOCK": 256},
         )  # fmt: skip
-    for order, (form, made) in enumerate((("", "*fp32"), (" split", "*fp32"), (" split in blocks", "*bf16"))):
-        types = ("*fp32", made, "i32", "i32")
-        yield Variant(f"silu_times{form}", "moe.silu_times", types, {"BLOCK": 256, "FORM": order})
+    for form, to in (("", "*fp32"), (" bf16", "*bf16")):
+        yield Variant(f"silu_times{form}", "moe.silu_times", ("*fp32", to, "i32", "i32"), {"BLOCK": 256})
     yield Variant(
         "weighted_sum", "moe.weighted_sum", (*floats, "*fp32", "i32"),
         {"K_CHOSEN": 8, "HAS_BASE": True, "BLOCK": 256},
     )  # fmt: skip
     for rows, stored in (("bf16", "*bf16"), ("int8", "*i8")):
         scales, kind = ("*u16", 2) if rows == "int8" else ("*fp32", 1)
-        for form, least in (("", 0), (" step", launch.STEP_SPLIT)):
+        for form, least, tile, targets in _attention_tiles(rows == "int8"):
             yield Variant(
-                f"attend_part {rows} D256 16:1{form}",
+                f"attend_part {rows} D256 16:1{form} {tile.rows}x{tile.cols} w{tile.warps}",
                 "attend.attend_part",
-                ("*fp32", stored, stored, scales, scales, "*fp32", "*fp32", "*i64", "fp32", *["i32"] * 4),
+                ("*bf16", stored, stored, scales, scales, "*fp32", "*fp32", "*i64", "fp32", *["i32"] * 4),
                 {
                     "SHARED": 16,
                     "INT8": rows == "int8",
                     "LEAST": least,
                     "D": 256,
                     "OPERAND": "bfloat16",
-                    "BM": launch.ATTEND_ROWS,
-                    "BS": launch.ATTEND_KEYS,
+                    "BM": tile.rows,
+                    "BS": tile.cols,
                 },
                 cores=BF16_CORES,
-                warps=launch.ATTEND_WARPS,
+                warps=tile.warps,
+                stages=tile.stages,
+                targets=targets,
             )
         bits = "*u16" if kind == 1 else stored
         yield Variant(
@@ -191,8 +199,9 @@ def variants() -> Iterator[Variant]:
             ("*fp32", "*fp32", bits, bits, scales, scales, "*i64", "i32"), {"D": 256, "KIND": kind},
         )  # fmt: skip
     for form, least in (("", 0), (" step", launch.STEP_SPLIT)):
+        sizes = {"MOST": 128, "D": 256, "SLICE": launch.JOIN_SLICE, "BLOCK": launch.JOIN_BLOCK}
         yield Variant(
-            f"join_parts D256{form}", "attend.join_parts", (*floats, "*i64", "i32", "i32"), {"LEAST": least, "D": 256}
+            f"join_parts D256{form}", "attend.join_parts", (*floats, "*i64", "i32", "i32"), {"LEAST": least, **sizes}
         )
     yield Variant(
         "rope_tables", "rotary.rope_tables", ("*i64", "*fp32", "*i32", "*fp32", "*fp32", "fp32", "i32"),
@@ -211,14 +220,14 @@ def variants() -> Iterator[Variant]:
         "delta_rule 128x128", "delta.delta_rule", ("*fp32",) * 7 + ("i32",) * 6 + ("fp32",),
         {"DK": 128, "DV": 128, "KEYS": 128, "BV": launch.VALUES},
     )  # fmt: skip
-    sizes: dict[str, int | bool | str] = {"DK": 128, "KEYS": 128, "OPERAND": "bfloat16", "C": launch.CHUNK}
+    chunked: dict[str, int | bool | str] = {"DK": 128, "KEYS": 128, "OPERAND": "bfloat16", "C": launch.CHUNK}
     yield Variant(
-        "chunk_inside 128", "chunk.chunk_inside", ("*fp32",) * 6 + ("i32",) * 5 + ("fp32",), sizes,
+        "chunk_inside 128", "chunk.chunk_inside", ("*fp32",) * 6 + ("i32",) * 5 + ("fp32",), chunked,
         cores=BF16_CORES, stages=1,
     )  # fmt: skip
     yield Variant(
         "chunk_states 128x128", "chunk.chunk_states", ("*fp32",) * 9 + ("i32",) * 6 + ("fp32",),
-        {**sizes, "DV": 128, "BV": launch.CHUNK_VALUES}, cores=BF16_CORES, warps=launch.CHUNK_WARPS, stages=1,
+        {**chunked, "DV": 128, "BV": launch.CHUNK_VALUES}, cores=BF16_CORES, warps=launch.CHUNK_WARPS, stages=1,
     )  # fmt: skip
     yield Variant("conv_step", "delta.conv_step", (*floats, "*fp32", "i32"), {"TAPS": 4, "BLOCK": 256})
     yield Variant(
@@ -226,15 +235,29 @@ def variants() -> Iterator[Variant]:
         {"DK": 128, "DV": 128, "KEYS": 128, "BV": launch.STEP_VALUES},
     )  # fmt: skip
     for adds in (False, True):
-        yield Variant(
-            "add_norm" if adds else "norm and split", "norms.add_norm", ("*fp32",) * 6 + ("fp32", "i32"),
-            {"ADDS": adds, "BLOCK": 1024},
-        )  # fmt: skip
+        for kind, form in ((-1, ""), (0, " for int4"), (2, " for e2m1")):
+            written = ("*fp32", "*fp32") if kind < 0 else ("*i8", "*fp32")
+            yield Variant(
+                f"{'add_norm' if adds else 'norm'}{form}", "norms.add_norm",
+                ("*fp32",) * 5 + (*written, "fp32", "i32"), {"ADDS": adds, "FOR": kind, "WHOLE": 4096},
+                warps=launch.NORM_WARPS,
+            )  # fmt: skip
     for gated in (False, True):
         yield Variant(
             "gated_rms_norm" if gated else "rms_norm", "norms.rms_norm", (*floats, "*fp32", "fp32", "fp32", "i32"),
             {"GATED": gated, "BLOCK": 256 if gated else 1024},
         )  # fmt: skip
+
+
+def _attention_tiles(int8: bool) -> Iterator[tuple[str, int, Tile, tuple[int, ...]]]:
+    """(form, LEAST, tile, cards) of a decoded token's attention and of a prompt's."""
+    from qwenrun.kernels.gpu.launch import STEP_SPLIT
+
+    for form, least, rows in ((" step", STEP_SPLIT, 16), ("", 0, 16), ("", 0, 8192)):
+        used = {target: attention(rows, int8, target) for target in TARGETS}
+        for tile in dict.fromkeys(used.values()):
+            if (least, rows) != (0, 16) or tile not in {attention(8192, int8, t) for t in TARGETS}:
+                yield form, least, tile, tuple(target for target in TARGETS if used[target] == tile)
 
 
 def _tiles(spec: BlockSpec) -> Iterator[tuple[Tile, tuple[int, ...]]]:

@@ -59,8 +59,8 @@ def split_of(place, SPLITS, LEAST: tl.constexpr):
 def attend_part(q, k, v, k_scales, v_scales, parts, mixed, place, scale, T, S, PER_SPLIT, GROUPS, SHARED: tl.constexpr,
                 INT8: tl.constexpr, LEAST: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr, BM: tl.constexpr,
                 BS: tl.constexpr):  # fmt: skip
-    """q f32 [T, Hq, D], k, v [S, Hkv, D] (INT8: with float16 scales [S, Hkv]) -> per row and split its largest score
-    and sum of weights, parts f32 [splits, T * Hq, 2], and what the weights mix, mixed f32 [splits, T * Hq, D].
+    """q OPERAND [T, Hq, D], k, v [S, Hkv, D] (INT8: with float16 scales [S, Hkv]) -> per row and split its largest
+    score and sum of weights, parts f32 [splits, T * Hq, 2], and what the weights mix, mixed f32 [splits, T * Hq, D].
 
     Row m of a group is token m // SHARED, head m % SHARED. Programs: blocks of BM rows, key heads, splits of
     PER_SPLIT positions. With LEAST, S and PER_SPLIT follow from `place` (see `split_of`), and splits behind do nothing.
@@ -71,9 +71,9 @@ def attend_part(q, k, v, k_scales, v_scales, parts, mixed, place, scale, T, S, P
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     real = m < T * SHARED
     token = m // SHARED
-    row = token.to(tl.int64) * (GROUPS * SHARED) + group * SHARED + m % SHARED
+    row = token * (GROUPS * SHARED) + group * SHARED + m % SHARED
     d = tl.arange(0, D)
-    query = tl.load(q + row[:, None] * D + d[None, :], mask=real[:, None], other=0.0).to(OPERAND)
+    query = tl.load(q + row[:, None] * D + d[None, :], mask=real[:, None], other=0.0)
     position = S - T + token
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -106,28 +106,35 @@ def attend_part(q, k, v, k_scales, v_scales, parts, mixed, place, scale, T, S, P
         acc = tl.dot(weight.to(OPERAND), value.to(OPERAND), acc * less[:, None])
         top = most
     if first < S:
-        at = split * T * GROUPS * SHARED + row
-        tl.store(parts + at * 2, top, mask=real)
-        tl.store(parts + at * 2 + 1, total, mask=real)
-        tl.store(mixed + at[:, None] * D + d[None, :], acc, mask=real[:, None])
+        before = split.to(tl.int64) * (T * GROUPS * SHARED)
+        parts += before * 2
+        mixed += before * D
+        tl.store(parts + row * 2, top, mask=real)
+        tl.store(parts + row * 2 + 1, total, mask=real)
+        tl.store(mixed + row[:, None] * D + d[None, :], acc, mask=real[:, None])
 
 
 @triton.jit
-def join_parts(parts, mixed, out, place, ROWS, SPLITS, LEAST: tl.constexpr, D: tl.constexpr):
-    """out f32 [ROWS, D] of what `attend_part` left. Programs: rows."""
+def join_parts(parts, mixed, out, place, ROWS, SPLITS, LEAST: tl.constexpr, MOST: tl.constexpr, D: tl.constexpr,
+               SLICE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """out f32 [ROWS, D] of what `attend_part` left, at most MOST splits (a power of two), BLOCK of them read at a time.
+    Programs: rows, slices of D."""
     if LEAST:
         length, per_split = split_of(place, SPLITS, LEAST)
         SPLITS = (length + per_split - 1) // per_split
     r = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
-    most = float("-inf")
-    for split in range(SPLITS):
-        most = tl.maximum(most, tl.load(parts + (split * ROWS + r) * 2))
-    total = 0.0
-    acc = tl.zeros([D], tl.float32)
-    for split in range(SPLITS):
-        at = split * ROWS + r
-        by = tl.exp(tl.load(parts + at * 2) - most)
-        total += by * tl.load(parts + at * 2 + 1)
-        acc += by * tl.load(mixed + at * D + d)
+    d = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    split = tl.arange(0, MOST)
+    at = (split * ROWS + r) * 2
+    tops = tl.load(parts + at, mask=split < SPLITS, other=float("-inf"))
+    most = tl.max(tops, 0)
+    total = tl.sum(tl.exp(tops - most) * tl.load(parts + at + 1, mask=split < SPLITS, other=0.0), 0)
+    acc = tl.zeros([SLICE], tl.float32)
+    for start in range(0, SPLITS, BLOCK):
+        few = start + tl.arange(0, BLOCK)
+        there = few < SPLITS
+        place_of = few * ROWS + r
+        by = tl.exp(tl.load(parts + place_of * 2, mask=there, other=float("-inf")) - most)
+        piece = tl.load(mixed + place_of[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
+        acc += tl.sum(by[:, None] * piece, 0)
     tl.store(out + r * D + d, acc / total)

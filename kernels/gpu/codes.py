@@ -1,7 +1,9 @@
 """Triton: what codes mean. Codes and scales of every stored format as float32, by moving bits.
 
 No fp8 or fp4 type of the hardware is used, so every card from sm_80 on computes the same, and so does Triton's
-interpreter. The kinds are numbered as in kernels/cpu/csrc/matrix.h. Knows no matrix.
+interpreter. Products of codes with rounded activations (`rounded`) are of integers: four bytes at a time by the card's
+instruction for that, one by one in the interpreter, which knows no assembly. The kinds are numbered as in
+kernels/cpu/csrc/matrix.h. Knows no matrix.
 """
 
 from __future__ import annotations
@@ -15,9 +17,7 @@ def scale_of(raw, KIND: tl.constexpr):
     """The float32 of a scale's bits as they were loaded: uint16 of float16 (0), uint8 of E4M3 (1) or of E8M0 (2)."""
     bits = raw.to(tl.int32)
     if KIND == 0:
-        # Exponent and mantissa at a float32's place are 2^-112 of the number; infinities do not occur.
-        size = ((bits & 0x7FFF) << 13).to(tl.float32, bitcast=True) * 5.192296858534828e33
-        return tl.where((bits & 0x8000) != 0, -size, size)
+        return raw.to(tl.float16, bitcast=True).to(tl.float32)
     elif KIND == 1:
         # 2^-120 of it. 127 is not a number.
         size = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
@@ -38,13 +38,103 @@ def moved(word, BY: tl.constexpr):
 
 
 @triton.jit
-def nibble(word, SHIFT: tl.constexpr, KIND: tl.constexpr):
-    """The number that bits SHIFT..SHIFT+3 of an int32 word stand for: 0..15 for int4 (0), the E2M1 number (2)."""
+def number(word, SHIFT: tl.constexpr, KIND: tl.constexpr, LESS: tl.constexpr):
+    """The number f32 that bits SHIFT..SHIFT+3 of an int32 word stand for: 0..15 less LESS for int4 (0), the E2M1 number
+    (2)."""
     if KIND == 0:
-        # 2^23 plus an integer below 2^23 has that integer's bits in its mantissa.
-        bits = (moved(word, -SHIFT) & 15) | 0x4B000000
-        return bits.to(tl.float32, bitcast=True) - 8388608.0
+        # 2^23 plus an integer below 2^23 has that integer's bits in its mantissa: a code where it is, or 12 bits lower.
+        if SHIFT > 16:
+            return less_magic((word >> 12) & (15 << (SHIFT - 12)), SHIFT - 12, LESS)
+        else:
+            return less_magic(word & (15 << SHIFT), SHIFT, LESS)
     else:
         # Sign, exponent and mantissa at a float32's place are 2^-126 of the number. -2^31 is the sign bit.
         bits = (moved(word, 22 - SHIFT) & 0x01C00000) | (moved(word, 28 - SHIFT) & -2147483648)
         return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def less_magic(bits, SHIFT: tl.constexpr, LESS: tl.constexpr):
+    """bits int32, a code from bit SHIFT on and nothing else, as a float32 less LESS."""
+    unit: tl.constexpr = 1 / (1 << SHIFT)
+    magic: tl.constexpr = 8388608 / (1 << SHIFT) + LESS
+    return (bits | 0x4B000000).to(tl.float32, bitcast=True) * unit - magic
+
+
+@triton.jit
+def signed_byte(word, AT: tl.constexpr):
+    """Byte AT of an int32 word, -128..127."""
+    return (word << (24 - 8 * AT)) >> 24
+
+
+@triton.jit
+def half_steps(word, SHIFT: tl.constexpr):
+    """Twice the E2M1 number of bits SHIFT..SHIFT+3: an integer in -12..12."""
+    bits = word >> SHIFT
+    mantissa, exponent = bits & 1, (bits >> 1) & 3
+    size = tl.where(exponent == 0, mantissa, (mantissa + 2) << tl.maximum(exponent - 1, 0))
+    return tl.where((bits & 8) != 0, -size, size)
+
+
+@triton.jit
+def dot_plainly(word, first, second, KIND: tl.constexpr):
+    """What `dot8` has for one half of the activations, without assembly."""
+    total = word * 0
+    for j in tl.static_range(4):
+        if KIND == 0:
+            total += ((word >> (8 * j)) & 15) * 16 * signed_byte(first, j)
+            total += ((word >> (8 * j + 4)) & 15) * 16 * signed_byte(second, j)
+            total -= 128 * (signed_byte(first, j) + signed_byte(second, j))
+        else:
+            total += half_steps(word, 4 * j) * signed_byte(first, j)
+            total += half_steps(word, 16 + 4 * j) * signed_byte(second, j)
+    return total
+
+
+@triton.jit
+def dot8(word, a_high, b_high, a_low, b_low, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """int32: the codes of a word times eight activations, as `rounded` gives them: 16 (code - 8) times an activation
+    for int4 (0), 2 times an E2M1 number times it (2). All are broadcast."""
+    if ASSEMBLY:
+        if KIND == 0:
+            # Bytes of 16 (code - 8): a code in the upper four bits, its top bit turned. 0x6A is (a & b) ^ c.
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 low, high, sum;
+                shl.b32 low, $1, 4;
+                lop3.b32 low, low, 0xF0F0F0F0, 0x80808080, 0x6A;
+                lop3.b32 high, $1, 0xF0F0F0F0, 0x80808080, 0x6A;
+                dp4a.s32.s32 sum, low, $2, 0;
+                dp4a.s32.s32 sum, high, $3, sum;
+                shl.b32 sum, sum, 8;
+                dp4a.s32.s32 sum, low, $4, sum;
+                dp4a.s32.s32 $0, high, $5, sum;
+                }""",
+                "=r,r,r,r,r,r", [word, a_high, b_high, a_low, b_low], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            # Bytes looked up, those of positive and of negative numbers; bit 3 of a code says which.
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 at, pick, plus, minus, first, second, sum;
+                and.b32 at, $1, 0x77777777;
+                shr.u32 pick, $1, 1;
+                lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
+                prmt.b32 plus, 0x03020100, 0x0C080604, at;
+                prmt.b32 minus, 0xFDFEFF00, 0xF4F8FAFC, at;
+                prmt.b32 first, plus, minus, pick;
+                shr.u32 at, at, 16;
+                shr.u32 pick, pick, 16;
+                prmt.b32 plus, 0x03020100, 0x0C080604, at;
+                prmt.b32 minus, 0xFDFEFF00, 0xF4F8FAFC, at;
+                prmt.b32 second, plus, minus, pick;
+                dp4a.s32.s32 sum, first, $2, 0;
+                dp4a.s32.s32 sum, second, $3, sum;
+                shl.b32 sum, sum, 8;
+                dp4a.s32.s32 sum, first, $4, sum;
+                dp4a.s32.s32 $0, second, $5, sum;
+                }""",
+                "=r,r,r,r,r,r", [word, a_high, b_high, a_low, b_low], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+    else:
+        return dot_plainly(word, a_high, b_high, KIND) * 256 + dot_plainly(word, a_low, b_low, KIND)

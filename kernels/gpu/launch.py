@@ -8,6 +8,8 @@ of bfloat16.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenrun.kernels import ref
-from qwenrun.kernels.gpu import attend, choice, chunk, delta, fp4, matmul, moe, norms, rotary, tiles
+from qwenrun.kernels.gpu import attend, choice, chunk, delta, fp4, matmul, moe, norms, rotary, rounded, tiles
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
@@ -30,13 +32,15 @@ OPERAND_TYPE = tl.float32 if INTERPRETED else tl.bfloat16
 
 KINDS = {"int4": 0, "int8": 1, "e2m1": 2}
 SCALES = {"f16": 0, "e4m3": 1, "e8m0": 2}
-# A program of a product with one row has two tiles, or one, and so many words of each at a time: 8 a thread.
-ROWS, STEPS, TILE_STEPS = 32, 32, 64
-# With E8M0's scales that many spill for sm_100 (docs/kernels.md).
-E8M0_STEPS = 32
+# Products of bytes by the card's own instruction, which the interpreter has not.
+ASSEMBLY = not INTERPRETED
+# A program of a product with one row has so many rows of the matrix, or a tile, and so many words of each at a time.
+ROWS, STEPS, WARPS = 16, 64, 8
+DOWN_ROWS, DOWN_STEPS, DOWN_WARPS = 8, 128, 4
+NORM_WARPS = 8
 # Programs that fill a card, and the fewest words of a row that are a program's share.
 FULL, LEAST_SHARE = 512, 128
-PLAIN_ROWS, PLAIN_COLS = 8, 512
+PLAIN_ROWS, PLAIN_COLS = 4, 1024
 # Bytes that a thread reads at once.
 PLAIN_RUN = 16
 # Tokens whose experts are read token by token.
@@ -67,30 +71,51 @@ def _format(w: Weight) -> dict[str, int | bool]:
     return format_of(w.spec, 0 if w.tensor_scale is None else w.tensor_scale.shape[-1])
 
 
-def one_tile_steps(scale: str) -> int:
-    """Words at a time of a program with one tile."""
-    return E8M0_STEPS if scale == "e8m0" else TILE_STEPS
-
-
 def _steps(parts: tuple[Tensor, ...]) -> list[int]:
     """How far apart the matrices of a stack lie, in each of its parts."""
     return [part.stride(0) for part in parts]
 
 
-def split(x: Tensor) -> Tensor:
-    """x [T, K] as `matmul.split_rows` gives it."""
-    rows = x.float().contiguous()
-    out = torch.empty_like(rows)
-    matmul.split_rows[(rows.shape[0],)](rows, out, rows.shape[1], 1024)
-    return out
+@dataclass(frozen=True)
+class Rounded:
+    """Rows as `rounded` gives them: codes int32 [T, K / 2], steps f32 [T, K / 16]."""
+
+    codes: Tensor
+    steps: Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, cols: int, device: torch.device) -> Rounded:
+        codes = torch.empty(tokens, cols // 2, dtype=torch.int32, device=device)
+        return cls(codes, torch.empty(tokens, cols // 16, dtype=torch.float32, device=device))
+
+    @property
+    def written(self) -> tuple[Tensor, Tensor]:
+        """As kernels that make it are given it."""
+        return self.codes.view(torch.int8), self.steps
+
+    @property
+    def read(self) -> tuple[Tensor, Tensor]:
+        """As kernels that read it are given it."""
+        return self.codes, self.steps
 
 
-def split_blocks(x: Tensor) -> Tensor:
-    """x [T, K] as `matmul.split_blocks` gives it, of the type that tensor cores are given."""
-    rows, width = x.float().contiguous(), _width(x.shape[1])
-    out = torch.empty(rows.shape[0], width, dtype=OPERAND, device=x.device)
-    matmul.split_blocks[(rows.shape[0], width // 128)](rows, out, rows.shape[1], width)
-    return out
+# Blocks of 16 columns that a program rounds.
+ROUNDED_BLOCKS = 16
+
+
+def round_rows(x: Tensor, kind: int) -> Rounded:
+    """x [T, K], rounded for codes of that kind."""
+    rows, (tokens, cols) = x.float().contiguous(), x.shape
+    made = Rounded.empty(tokens, cols, x.device)
+    grid = (tokens, -(-cols // (16 * ROUNDED_BLOCKS)))
+    rounded.round_rows[grid](rows, *made.written, cols, kind, ROUNDED_BLOCKS)
+    return made
+
+
+def operands(x: Tensor) -> Tensor:
+    """x [T, K] of the type that tensor cores are given, with zeros up to a multiple of 128 columns."""
+    rows, missing = x.to(OPERAND), -x.shape[1] % 128
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
 # Set to 1 in the environment: prompts' rows for NVFP4 matrices are rounded to NVFP4, for the cores that have it.
@@ -109,7 +134,7 @@ class Fp4Rows:
 def rows_for(x: Tensor, w: Weight, each: int) -> Tensor | Fp4Rows:
     """x f32 [T, K] as products of `each` of its rows with a matrix of w read it."""
     if not takes_fp4(w, each):
-        return split_blocks(x)
+        return operands(x)
     rows, (tokens, cols) = x.float().contiguous(), x.shape
     codes = torch.empty(tokens, cols // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(tokens, cols // 16, dtype=torch.uint8, device=x.device)
@@ -126,29 +151,93 @@ def takes_fp4(w: Weight, rows: int) -> bool:
 
 
 def _width(cols: int) -> int:
-    """Columns of a row of `split_blocks`."""
+    """Columns of a row of `operands`."""
     return -(-cols // 128) * 128
 
 
-class Row:
-    """One row of activations f32 [1, K], and as products with tiled matrices read it, split once for all of them."""
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
-    def __init__(self, plain: Tensor, split_: Tensor | None = None) -> None:
-        self.plain = plain.float().contiguous()
-        self._split = split_
+
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """What is asked of a card inside is done beside what is asked of it behind, until `join`; all of it after what was
+    asked before. So memory that one side gives back is not taken by the other before it is done with."""
+    if device.type != "cuda":
+        yield
+        return
+    _side(device).wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(_side(device)):
+        yield
+
+
+def join(device: torch.device) -> None:
+    """What is asked from here on comes after what was asked `aside`."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side(device))
+
+
+def linears(row: Row, weights: Sequence[Weight]) -> list[Tensor]:
+    """Products of one row, the first beside the others."""
+    first, *others = weights
+    if first.spec.tile:
+        row.rounded(KINDS[first.spec.codes])
+    device = first.codes.device
+    with aside(device):
+        made = [row_product(row, w) for w in others]
+    out = row_product(row, first)
+    join(device)
+    return [out, *made]
+
+
+def moe_entry(
+    x: Tensor, y: Tensor, norm: Tensor, eps: float, router: Weight, k: int, shared: tuple[Weight, Weight, Weight],
+    shared_gate: Weight,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `qwenrun.kernels.ops.moe_entry`, of one row: the shared expert beside the router."""
+    stream, row = add_norm(x, y, norm, eps, kind_of(shared[:1]))
+    with aside(x.device):
+        base = row_swiglu(row, *shared, (stream, row_product(row, shared_gate)))
+    index, weight = choose(row_product(row, router), k)
+    join(x.device)
+    return stream, row.plain, index, weight, base
+
+
+class Row:
+    """One row of activations f32 [1, K]; and as products with tiled matrices read it, rounded once for all of them."""
+
+    def __init__(self, plain: Tensor | None, rounded: Rounded | None = None, kind: int = -1) -> None:
+        """plain: None, if it will not be asked for. rounded: for codes of the kind, if there is that already."""
+        self._plain = plain
+        self._rounded = {} if rounded is None else {kind: rounded}
 
     @property
-    def split(self) -> Tensor:
-        if self._split is None:
-            self._split = split(self.plain)
-        return self._split
+    def plain(self) -> Tensor:
+        assert self._plain is not None
+        return self._plain
+
+    def rounded(self, kind: int) -> tuple[Tensor, Tensor]:
+        if kind not in self._rounded:
+            self._rounded[kind] = round_rows(self.plain, kind)
+        return self._rounded[kind].read
+
+
+def row(x: Tensor) -> Row:
+    """x [1, K]."""
+    return Row(x.float().contiguous())
+
+
+def kind_of(weights: Sequence[Weight]) -> int:
+    """The kind of codes that the first tiled matrix among them has; -1 if none is."""
+    return next((KINDS[w.spec.codes] for w in weights if w.spec.tile), -1)
 
 
 def product(x: Tensor, w: Weight) -> Tensor:
     """x f32 [T, K] times w -> f32 [T, N]."""
     tokens = x.shape[0]
     if tokens == 1:
-        return row_product(Row(x), w)
+        return row_product(row(x), w)
     if w.spec.tile:
         return _many_rows(x, w)
     out = torch.empty(tokens, w.rows, dtype=torch.float32, device=x.device)
@@ -165,21 +254,29 @@ def product(x: Tensor, w: Weight) -> Tensor:
 
 def exact_product(x: Tensor, w: Weight) -> Tensor:
     """`product` with a matrix of bfloat16 numbers, each x as the sum of two of them, which errs by 2^-17 of it: for
-    what decides, where a near tie must not be turned. Tensor cores round x to one, by 2^-9."""
-    if x.shape[0] == 1 or INTERPRETED or w.codes.dtype != torch.bfloat16:
+    what decides, where a near tie must not be turned. Tensor cores round x to one, by 2^-9. With float32 torch's."""
+    if x.shape[0] == 1 or INTERPRETED or w.codes.dtype not in (torch.bfloat16, torch.float32):
         return product(x, w)
+    if w.codes.dtype == torch.float32:
+        return torch.nn.functional.linear(x, w.codes)
     high = x.to(OPERAND).float()
     return product(high, w) + product(x - high, w)
 
 
 def plain_columns(block: int) -> int:
     """Columns that a step of `matmul.gemm_plain` has, of rows with scales for `block` columns (0: with none)."""
-    return min(64, block or 64)
+    return min(128, block) if block else 64
+
+
+def plain_shape(rows: int, scaled: bool) -> tuple[int, int]:
+    """Rows and warps that a program of `matmul.gemv_plain` has: of few rows one, or a card mostly waits."""
+    return PLAIN_ROWS if rows >= 1024 else 1, 8 if scaled else 4
 
 
 def row_product(x: Row, w: Weight, onto: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """A row times w -> f32 [1, N]. onto (base f32 [1, N], gate f32 [1, 1]): base + sigmoid(gate) times that."""
-    out = torch.empty(1, w.rows, dtype=torch.float32, device=x.plain.device)
+    device = w.codes.device
+    out = torch.empty(1, w.rows, dtype=torch.float32, device=device)
     if w.spec.tile:
         words, blocks = w.cols // 8, -(-w.rows // ROWS)
         # As many shares as it takes to fill a card, of whole steps; what they leave is read and written again.
@@ -187,14 +284,17 @@ def row_product(x: Row, w: Weight, onto: tuple[Tensor, Tensor] | None = None) ->
         share = -(-words // shares // STEPS) * STEPS
         shares = -(-words // share)
         parts = out if shares == 1 and onto is None else out.new_empty(shares, w.rows)
-        sizes = (w.rows, w.cols, share)
-        matmul.gemv_tiled[(blocks, shares)](x.split, *_parts(w), parts, *sizes, **_format(w), STEPS=STEPS, ROWS=ROWS)
+        matmul.gemv_tiled[(blocks, shares)](
+            *x.rounded(KINDS[w.spec.codes]), *_parts(w), parts, w.rows, w.cols, share, **_format(w), ASSEMBLY=ASSEMBLY,
+            STEPS=STEPS, ROWS=ROWS, num_warps=WARPS,
+        )  # fmt: skip
     else:
         scaled, run, shares = w.scales is not None, PLAIN_RUN // w.codes.element_size(), 1
         scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
         parts = out if onto is None else torch.empty_like(out)
         given = (x.plain, w.codes, scales, parts, w.rows, w.cols, w.spec.block or w.cols, scaled)
-        matmul.gemv_plain[(-(-w.rows // PLAIN_ROWS),)](*given, PLAIN_ROWS, PLAIN_COLS, run)
+        rows, warps = plain_shape(w.rows, scaled)
+        matmul.gemv_plain[(-(-w.rows // rows),)](*given, rows, PLAIN_COLS, run, num_warps=warps)
     if parts is not out:
         base, gate = (parts, parts) if onto is None else onto
         grid = (-(-w.rows // 256),)
@@ -202,31 +302,35 @@ def row_product(x: Row, w: Weight, onto: tuple[Tensor, Tensor] | None = None) ->
     return out
 
 
-def add_norm(x: Tensor, y: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Row]:
-    """(x + y, its zero-centred norm) of rows f32 [1, H]; without y x itself is normed."""
-    rows = x.float().contiguous()
+def add_norm(x: Tensor, y: Tensor | None, w: Tensor, eps: float, kind: int) -> tuple[Tensor, Row]:
+    """(x + y, its zero-centred norm) of rows f32 [1, H]; without y x itself is normed. kind: of the codes that the row
+    is for, -1 without any."""
+    rows, size = x.float().contiguous(), x.shape[1]
     stream = rows if y is None else torch.empty_like(rows)
-    normed, split_ = torch.empty_like(rows), torch.empty_like(rows)
-    given = (rows, rows if y is None else y.float().contiguous(), w.float(), stream, normed, split_)
-    norms.add_norm[(1,)](*given, eps, rows.shape[1], y is not None, 1024)
-    return stream, Row(normed, split_)
+    normed, made = torch.empty_like(rows), None if kind < 0 else Rounded.empty(1, size, x.device)
+    given = (rows, rows if y is None else y.float().contiguous(), w.float(), stream, normed)
+    written = (normed, normed) if made is None else made.written
+    whole = max(16, power_of_two(size))
+    norms.add_norm[(1,)](*given, *written, eps, size, y is not None, kind, whole, num_warps=NORM_WARPS)
+    return stream, Row(normed, made, kind)
 
 
 def row_swiglu(x: Row, gate: Weight, up: Weight, down: Weight, onto: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """down(silu(gate x) * up x) of a row, onto as `row_product` has it."""
+    device, inner, kind = gate.codes.device, gate.rows, kind_of([down])
     if gate.spec.tile and gate.spec == up.spec and gate.codes.shape == up.codes.shape and _format(gate) == _format(up):
-        middle = torch.empty(1, gate.rows, dtype=torch.float32, device=x.plain.device)
-        given = (x.split, *_parts(gate), *_parts(up), middle, gate.cols, gate.rows)
-        moe.swiglu_tiled[(gate.rows // 16,)](*given, **_format(gate), STEPS=one_tile_steps(gate.spec.scale))
-        if down.spec.tile:
-            return row_product(Row(middle, middle), down, onto)
-        made = Row(middle.view(8, -1).T.reshape(1, -1))
-    else:
-        both = torch.cat([row_product(x, gate), row_product(x, up)], 1)
-        middle = torch.empty(1, gate.rows, dtype=torch.float32, device=x.plain.device)
-        moe.silu_times[(1, -(-gate.rows // 256))](both, middle, gate.rows, gate.rows, 256, int(down.spec.tile))
-        made = Row(middle, middle)
-    return row_product(made, down, onto)
+        plain = torch.empty(1, inner, dtype=torch.float32, device=device) if kind < 0 else None
+        made = None if kind < 0 else Rounded.empty(1, inner, device)
+        written = (plain, plain) if made is None else made.written
+        moe.swiglu_tiled[(inner // 16,)](
+            *x.rounded(KINDS[gate.spec.codes]), *_parts(gate), *_parts(up), *written, gate.cols, inner, **_format(gate),
+            ASSEMBLY=ASSEMBLY, STEPS=STEPS, FOR=kind, num_warps=WARPS,
+        )  # fmt: skip
+        return row_product(Row(plain, made, kind), down, onto)
+    both = torch.cat([row_product(x, gate), row_product(x, up)], 1)
+    middle = torch.empty(1, inner, dtype=torch.float32, device=device)
+    moe.silu_times[(1, -(-inner // 256))](both, middle, inner, inner, 256)
+    return row_product(Row(middle), down, onto)
 
 
 def _many_rows(x: Tensor, w: Weight) -> Tensor:
@@ -279,17 +383,48 @@ def experts(
 
 def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
     (tokens, k), hidden, inner = index.shape, down.rows, down.cols
-    middle = torch.empty(tokens * k, inner, dtype=torch.float32, device=x.device)
+    middle, kind = Rounded.empty(tokens * k, inner, x.device), KINDS[down.spec.codes]
     first, second = _parts(gate_up), _parts(down)
     moe.gate_up_tiled[(tokens * k, inner // 16)](
-        split(x), index, *first, middle, hidden, inner, k, *_steps(first), **_format(gate_up),
-        STEPS=STEPS,
+        *round_rows(x, KINDS[gate_up.spec.codes]).read, index, *first, *middle.written, hidden, inner, k,
+        *_steps(first), **_format(gate_up), ASSEMBLY=ASSEMBLY, STEPS=STEPS, FOR=kind, num_warps=WARPS,
     )  # fmt: skip
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    moe.down_tiled[(tokens, hidden // 16)](
-        middle, index, weight, *second, out if base is None else base.contiguous(), out, hidden, inner,
-        *_steps(second), k, base is not None, **_format(down), STEPS=one_tile_steps(down.spec.scale),
+    moe.down_tiled[(tokens, -(-hidden // DOWN_ROWS))](
+        *middle.read, index, weight, *second, out if base is None else base.contiguous(), out, hidden, inner,
+        *_steps(second), k, base is not None, **_format(down), ASSEMBLY=ASSEMBLY, STEPS=DOWN_STEPS, ROWS=DOWN_ROWS,
+        num_warps=DOWN_WARPS,
     )  # fmt: skip
+    return out
+
+
+def few_plain(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
+    """`experts` of a few tokens, of stacks whose rows lie side by side."""
+    (tokens, k), hidden, inner = index.shape, down.rows, down.cols
+    flat = index.contiguous()
+    both = _pairs(x.float().contiguous(), flat, gate_up, k)
+    middle = torch.empty(tokens * k, inner, dtype=torch.float32, device=x.device)
+    moe.silu_times[(tokens * k, -(-inner // 256))](both, middle, inner, inner, 256)
+    return _weighted_sum(_pairs(middle, flat, down, 1), weight.contiguous(), base, hidden)
+
+
+def _pairs(x: Tensor, index: Tensor, w: Weight, shared: int) -> Tensor:
+    out = torch.empty(index.numel(), w.rows, dtype=torch.float32, device=x.device)
+    scaled, run = w.scales is not None, PLAIN_RUN // w.codes.element_size()
+    scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
+    rows, warps = plain_shape(w.rows, scaled)
+    matmul.gemv_plain_pairs[(-(-w.rows // rows), index.numel())](
+        x, index, w.codes, scales, out, w.rows, w.cols, shared, w.codes.stride(0), scales.stride(0),
+        w.spec.block or w.cols, scaled, rows, PLAIN_COLS, run, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def _weighted_sum(rows: Tensor, weight: Tensor, base: Tensor | None, hidden: int) -> Tensor:
+    tokens, k = weight.shape
+    out = torch.empty(tokens, hidden, dtype=torch.float32, device=rows.device)
+    given = out if base is None else base.contiguous()
+    moe.weighted_sum[(tokens, -(-hidden // 256))](rows, weight, given, out, hidden, k, base is not None, 256)
     return out
 
 
@@ -322,15 +457,11 @@ def _many_tokens(
     plain = takes_fp4(down, each)
     width = inner if plain else _width(inner)
     made = torch.empty(pairs, width, dtype=torch.float32 if plain else OPERAND, device=device)
-    moe.silu_times[(pairs, -(-width // 256))](both, made, inner, width, 256, 0 if plain else 2)
+    moe.silu_times[(pairs, -(-width // 256))](both, made, inner, width, 256)
     middle = rows_for(made, down, each) if plain else made
     rows = torch.empty(pairs, hidden, dtype=torch.float32, device=device)
     _grouped(middle, down, rows, every, *table, _steps(_parts(down)), tile)
-    out = torch.empty(tokens, hidden, dtype=torch.float32, device=device)
-    moe.weighted_sum[(tokens, -(-hidden // 256))](
-        rows, weight, out if base is None else base.contiguous(), out, hidden, k, base is not None, 256
-    )
-    return out
+    return _weighted_sum(rows, weight, base, hidden)
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, zero_centred: bool) -> Tensor:
@@ -354,7 +485,8 @@ def gated_rms_norm(o: Tensor, w: Tensor, z: Tensor, eps: float) -> Tensor:
 # otherwise be as many bytes as a short cache.
 SPLIT, PROGRAMS = 256, 256
 STEP_SPLIT, STEP_PROGRAMS = 64, 128
-ATTEND_ROWS, ATTEND_KEYS, ATTEND_WARPS = 16, 32, 8
+# Splits' results that are read at a time, and values of a head that a program joins.
+JOIN_BLOCK, JOIN_SLICE = 16, 64
 HEAD_SIZES = (32, 64, 128, 256)
 VALUES, STEP_VALUES = 16, 32
 
@@ -386,21 +518,26 @@ def _attend(
     """place: where q's one token stands, if the host doesn't know it; then k and v are the whole cache."""
     (tokens, heads, size), (length, groups) = q.shape, k.shape[:2]
     shared, rows = heads // groups, tokens * heads
-    blocks = -(-tokens * shared // ATTEND_ROWS)
+    tile = tiles.attention(tokens * shared, stored[0] is not None, _capability(q.device))
+    blocks = -(-tokens * shared // tile.rows)
     least = 0 if place is None else STEP_SPLIT
     programs = STEP_PROGRAMS if least else PROGRAMS
     splits = max(1, min(-(-length // (least or SPLIT)), programs // (blocks * groups)))
     parts = torch.empty(splits, rows, 2, dtype=torch.float32, device=q.device)
     mixed = torch.empty(splits, rows, size, dtype=torch.float32, device=q.device)
-    given = q.float().contiguous()
-    scales = [given if s is None else s.view(torch.uint16) for s in stored]
+    given = q.to(OPERAND).contiguous()
+    scales = [parts if s is None else s.view(torch.uint16) for s in stored]
     at = parts if place is None else place
     attend.attend_part[(blocks, groups, splits)](
         given, k, v, *scales, parts, mixed, at, scale, tokens, length, -(-length // splits), groups, shared,
-        stored[0] is not None, least, size, OPERAND_TYPE, ATTEND_ROWS, ATTEND_KEYS, num_warps=ATTEND_WARPS,
+        stored[0] is not None, least, size, OPERAND_TYPE, tile.rows, tile.cols, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     out = torch.empty(tokens, heads, size, dtype=torch.float32, device=q.device)
-    attend.join_parts[(rows,)](parts, mixed, out, at, rows, splits, least, size)
+    most, slice_ = power_of_two(splits), min(size, JOIN_SLICE)
+    attend.join_parts[(rows, size // slice_)](
+        parts, mixed, out, at, rows, splits, least, most, size, slice_, JOIN_BLOCK
+    )
     return out
 
 

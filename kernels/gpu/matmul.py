@@ -2,8 +2,7 @@
 
 A tiled matrix is read as int32 words: word s of row r of a tile holds the columns 8s..8s+7, its bits 8j..8j+3 column
 8s+j and its bits 8j+4..8j+7 column 8s+4+j. A tile's words lie step after step, 16 rows each, so that what a program
-reads is one run of memory. Activations come split: those of the same place in all words lie together (`split_rows`), or
-in all 16 words of a block of 128 columns (`split_blocks`).
+reads is one run of memory. One row of activations comes in 16 bits (`rounded`), many as tensor cores take them.
 
 Knows no torch; `launch` does.
 """
@@ -13,28 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwenrun.kernels.gpu.codes import nibble, scale_of
-
-
-@triton.jit
-def split_rows(x, out, K, BLOCK: tl.constexpr):
-    """x f32 [T, K] -> out [T, 8, K / 8]. Programs: T."""
-    t = tl.program_id(0).to(tl.int64)
-    for start in range(0, K, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        v = tl.load(x + t * K + at, mask=at < K, other=0.0)
-        tl.store(out + t * K + (at % 8) * (K // 8) + at // 8, v.to(out.dtype.element_ty), mask=at < K)
-
-
-@triton.jit
-def split_blocks(x, out, K, WIDTH):
-    """x [T, K] -> out [T, WIDTH], for tensor cores: of 128 columns the first of every word of 8, then the second, and
-    so on; zero behind column K. Programs: T, blocks of 128 columns."""
-    t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, 128)
-    at = block * 128 + i % 16 * 8 + i // 16
-    v = tl.load(x + t * K + at, mask=at < K, other=0.0)
-    tl.store(out + t * WIDTH + block * 128 + i, v.to(out.dtype.element_ty))
+from qwenrun.kernels.gpu.codes import dot8, number, scale_of
 
 
 @triton.jit
@@ -45,13 +23,12 @@ def zero_point(zeros, place, rows, mask):
 
 
 @triton.jit
-def tile_sums(x, codes, scales, zeros, tiles, there, first, last, K, KIND: tl.constexpr, SCALE: tl.constexpr,
-              ZERO: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """f32 [ROWS]: rows of tiles times one split row x, over the words first..last-1.
-
-    ROWS is a multiple of 16; row r is row r % 16 of tile tiles[r], if there[r].
-    """
-    lane = (tl.arange(0, ROWS) % 16)[None, :]
+def tile_sums(x, steps, codes, scales, zeros, tiles, lanes, there, first, last, K, KIND: tl.constexpr,
+              SCALE: tl.constexpr, ZERO: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
+              STEPS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """f32 [ROWS]: row lanes[r] of tile tiles[r], if there[r], times one rounded row, x int32 and steps f32, over the
+    words first..last-1."""
+    lane = lanes[None, :]
     line = tiles[None, :] * (K // 8)
     acc = tl.zeros([STEPS, ROWS], tl.float32)
     for start in range(first, last, STEPS):
@@ -61,20 +38,17 @@ def tile_sums(x, codes, scales, zeros, tiles, there, first, last, K, KIND: tl.co
         word = tl.load(codes + (line + step[:, None]) * 16 + lane, mask=mask, other=0)
         place = tiles[None, :] * (K // BLOCK) + (step * 8 // BLOCK)[:, None]
         by = scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE)
-        sums = tl.zeros([STEPS, ROWS], tl.float32)
-        plain = tl.zeros([STEPS], tl.float32)
-        for j in tl.static_range(4):
-            a = tl.load(x + j * (K // 8) + step, mask=inside, other=0.0)
-            b = tl.load(x + (4 + j) * (K // 8) + step, mask=inside, other=0.0)
-            sums += nibble(word, 8 * j, KIND) * a[:, None]
-            sums += nibble(word, 8 * j + 4, KIND) * b[:, None]
-            plain += a + b
-        if KIND == 0:
-            if ZERO:
-                sums -= zero_point(zeros, place, lane, mask) * plain[:, None]
-            else:
-                sums -= 8.0 * plain[:, None]
-        acc += sums * by
+        a_high = tl.load(x + step, mask=inside, other=0)[:, None]
+        b_high = tl.load(x + K // 8 + step, mask=inside, other=0)[:, None]
+        a_low = tl.load(x + K // 4 + step, mask=inside, other=0)[:, None]
+        b_low = tl.load(x + K // 8 * 3 + step, mask=inside, other=0)[:, None]
+        unit = tl.load(steps + step // 2, mask=inside, other=0.0)[:, None]
+        sums = dot8(word, a_high, b_high, a_low, b_low, KIND, ASSEMBLY).to(tl.float32)
+        if ZERO:
+            # A word of nines is one everywhere.
+            ones = dot8(a_high * 0 - 0x66666667, a_high, b_high, a_low, b_low, KIND, ASSEMBLY).to(tl.float32)
+            sums += (8.0 - zero_point(zeros, place, lane, mask)) * ones
+        acc += sums * (by * unit)
     return tl.sum(acc, 0)
 
 
@@ -88,16 +62,20 @@ def tensor_scale_of(scales, row, N, COUNT: tl.constexpr):
 
 
 @triton.jit
-def gemv_tiled(x, codes, scales, zeros, tensor_scales, out, N, K, SHARE, KIND: tl.constexpr, SCALE: tl.constexpr,
-               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-               ROWS: tl.constexpr):  # fmt: skip
-    """One split row x f32: out f32 [shares, N], the sums over each SHARE words. Programs: ROWS of N, shares."""
+def gemv_tiled(x, steps, codes, scales, zeros, tensor_scales, out, N, K, SHARE, KIND: tl.constexpr,
+               SCALE: tl.constexpr, ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+               ASSEMBLY: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """One rounded row: out f32 [shares, N], the sums over each SHARE words. Programs: ROWS of N, shares."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    lanes = tl.arange(0, ROWS) % 16
+    if ROWS < 16:
+        lanes += tl.program_id(0) * ROWS % 16
     there = row < N
     share = tl.program_id(1)
     first = share * SHARE
     last = tl.minimum(first + SHARE, K // 8)
-    sums = tile_sums(x, codes, scales, zeros, row // 16, there, first, last, K, KIND, SCALE, ZERO, BLOCK, STEPS, ROWS)
+    sums = tile_sums(x, steps, codes, scales, zeros, row // 16, lanes, there, first, last, K, KIND, SCALE, ZERO,
+                     BLOCK, ASSEMBLY, STEPS, ROWS)  # fmt: skip
     by = tensor_scale_of(tensor_scales, tl.minimum(row, N - 1), N, TENSOR)
     tl.store(out + share * N + row, sums * by, mask=there)
 
@@ -119,22 +97,38 @@ def add_shares(parts, base, gate, out, N, SHARES: tl.constexpr, ONTO: tl.constex
 
 
 @triton.jit
-def columns(word, KIND: tl.constexpr, ROWS: tl.constexpr):
-    """Words int32 [16, ROWS] of 16 steps as the numbers f32 [128, ROWS] that their codes stand for, in the order of
-    `split_blocks`: the first code of every word, then the second, and so on."""
-    ab = tl.join(nibble(word, 0, KIND), nibble(word, 4, KIND))
-    cd = tl.join(nibble(word, 8, KIND), nibble(word, 12, KIND))
-    ef = tl.join(nibble(word, 16, KIND), nibble(word, 20, KIND))
-    gh = tl.join(nibble(word, 24, KIND), nibble(word, 28, KIND))
-    # [16, ROWS, low or high, second pair of bytes, odd byte]
-    all_ = tl.join(tl.join(ab, ef), tl.join(cd, gh))
-    return tl.reshape(tl.permute(all_, (2, 3, 4, 0, 1)), [128, ROWS])
+def columns(word, by, zero, KIND: tl.constexpr, SCALED: tl.constexpr, ZERO: tl.constexpr, OPERAND: tl.constexpr,
+            ROWS: tl.constexpr):  # fmt: skip
+    """Words int32 [16, ROWS] of 16 steps as the numbers OPERAND [128, ROWS] that their codes stand for, times by
+    [16, ROWS] with SCALED; ZERO: int4 codes less zero, [16, ROWS] or [1, ROWS]. A word's eight lie side by side, so
+    that a thread writes them to shared memory at once."""
+    ab = tl.join(
+        column(word, 0, by, zero, KIND, SCALED, ZERO, OPERAND), column(word, 1, by, zero, KIND, SCALED, ZERO, OPERAND)
+    )
+    cd = tl.join(
+        column(word, 2, by, zero, KIND, SCALED, ZERO, OPERAND), column(word, 3, by, zero, KIND, SCALED, ZERO, OPERAND)
+    )
+    ef = tl.join(
+        column(word, 4, by, zero, KIND, SCALED, ZERO, OPERAND), column(word, 5, by, zero, KIND, SCALED, ZERO, OPERAND)
+    )
+    gh = tl.join(
+        column(word, 6, by, zero, KIND, SCALED, ZERO, OPERAND), column(word, 7, by, zero, KIND, SCALED, ZERO, OPERAND)
+    )
+    # [16, ROWS, odd, second pair, upper four]
+    all_ = tl.join(tl.join(ab, cd), tl.join(ef, gh))
+    return tl.reshape(tl.permute(all_, (0, 4, 3, 2, 1)), [128, ROWS])
 
 
 @triton.jit
-def spread(by, ROWS: tl.constexpr):
-    """[16, ROWS], one for each word, as [128, ROWS] in the order of `columns`."""
-    return tl.reshape(tl.broadcast_to(by[None, :, :], [8, 16, ROWS]), [128, ROWS])
+def column(word, J: tl.constexpr, by, zero, KIND: tl.constexpr, SCALED: tl.constexpr, ZERO: tl.constexpr,
+           OPERAND: tl.constexpr):  # fmt: skip
+    """Column J of every word's eight: see `columns`."""
+    value = number(word, 8 * (J % 4) + J // 4 * 4, KIND, 0 if ZERO else 8)
+    if KIND == 0 and ZERO:
+        value -= zero
+    if SCALED:
+        value *= by
+    return value.to(OPERAND)
 
 
 @triton.jit
@@ -144,7 +138,7 @@ def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, bloc
                BN: tl.constexpr):  # fmt: skip
     """Rows of activations, sorted by the matrix of a stack they are multiplied with: out f32 [rows, N].
 
-    x [*, WIDTH] as `split_blocks` gives it. Row p of the sorted ones is row sources[order[p]] of x and row order[p] of
+    x [*, WIDTH], zero from column K on. Row p of the sorted ones is row sources[order[p]] of x and row order[p] of
     out. Program (b, n): the rows block_first[b]..block_last[b]-1, at most BM, and BN rows of matrix block_matrix[b];
     empty blocks do nothing.
     """
@@ -169,24 +163,19 @@ def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, bloc
             # Behind the last word x is zero.
             word = tl.load(codes + (tile * (K // 8) + step[:, None]) * 16 + lane,
                            mask=(step < K // 8)[:, None] & there, other=0)  # fmt: skip
-            value = columns(word, KIND, BN)
-            if BLOCK == 128:
-                # One block's columns: products of integers, exact in bfloat16, and the scale on their sum.
-                place = tile * (K // BLOCK) + start // 16
-                if KIND == 0:
-                    value -= zero_point(zeros, place, lane, there) if ZERO else 8.0
-                by = scale_of(tl.load(scales + place * 16 + lane, mask=there, other=0), SCALE)
-            else:
-                mask = (step < K // 8)[:, None] & there
-                place = tile * (K // BLOCK) + (step * 8 // BLOCK)[:, None]
-                if KIND == 0:
-                    value -= spread(zero_point(zeros, place, lane, mask), BN) if ZERO else 8.0
-                value *= spread(scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE), BN)
             rows = tl.load(at + start * 8, mask=real[:, None], other=0.0)
+            # Of a block of 128 the products are of integers, exact in bfloat16, and the scale comes on their sum.
             if BLOCK == 128:
-                acc += tl.dot(rows, value.to(x.dtype.element_ty)) * by
+                mask, place = there, tile * (K // BLOCK) + start // 16
             else:
-                acc = tl.dot(rows, value.to(x.dtype.element_ty), acc)
+                mask, place = (step < K // 8)[:, None] & there, tile * (K // BLOCK) + (step * 8 // BLOCK)[:, None]
+            by = scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE)
+            zero = zero_point(zeros, place, lane, mask) if ZERO else by
+            value = columns(word, by, zero, KIND, BLOCK < 128, ZERO, x.dtype.element_ty, BN)
+            if BLOCK == 128:
+                acc += tl.dot(rows, value) * by
+            else:
+                acc = tl.dot(rows, value, acc)
         if TENSOR > 0:
             own = tensor_scales + matrix * tensor_step + row * TENSOR // N
             acc *= tl.load(own, mask=row < N, other=0.0)[None, :]
@@ -194,13 +183,12 @@ def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, bloc
 
 
 @triton.jit
-def gemv_plain(x, codes, scales, out, N, K, BLOCK: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr,
+def plain_sums(x, codes, scales, row, N, K, BLOCK: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr,
                BK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
-    """One row x f32 [K] times rows side by side: out f32 [N]. Programs: blocks of BN rows.
+    """f32 [BN]: rows `row` of a matrix stored side by side times one row x f32 [K].
 
     RUN columns, what a thread reads at once, lie in one block and have one scale.
     """
-    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     there = row < N
     acc = tl.zeros([BN, BK // RUN, RUN], tl.float32)
     for start in range(0, K, BK):
@@ -216,7 +204,28 @@ def gemv_plain(x, codes, scales, out, N, K, BLOCK: tl.constexpr, SCALED: tl.cons
             acc += value * given[None, :, :] * by[:, :, None]
         else:
             acc += value * given[None, :, :]
-    tl.store(out + row, tl.sum(tl.sum(acc, 2), 1), mask=there)
+    return tl.sum(tl.sum(acc, 2), 1)
+
+
+@triton.jit
+def gemv_plain(x, codes, scales, out, N, K, BLOCK: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+    """One row x f32 [K] times rows side by side: out f32 [N]. Programs: blocks of BN rows. See `plain_sums`."""
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    tl.store(out + row, plain_sums(x, codes, scales, row, N, K, BLOCK, SCALED, BN, BK, RUN), mask=row < N)
+
+
+@triton.jit
+def gemv_plain_pairs(x, index, codes, scales, out, N, K, SHARED, codes_step, scales_step, BLOCK: tl.constexpr,
+                     SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+    """`gemv_plain` of pairs: row pair // SHARED of x f32 [*, K] times matrix index[pair] of a stack, index int64: out
+    f32 [pairs, N]. Programs: blocks of BN rows, pairs."""
+    pair = tl.program_id(1).to(tl.int64)
+    matrix = tl.load(index + pair)
+    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    sums = plain_sums(x + pair // SHARED * K, codes + matrix * codes_step, scales + matrix * scales_step, row, N, K,
+                      BLOCK, SCALED, BN, BK, RUN)  # fmt: skip
+    tl.store(out + pair * N + row, sums, mask=row < N)
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qwenrun.kernels.gpu.rounded import store_rounded
+
 
 @triton.jit
 def rms_norm(x, w, z, out, shift, eps, SIZE, GATED: tl.constexpr, BLOCK: tl.constexpr):
@@ -28,24 +30,19 @@ def rms_norm(x, w, z, out, shift, eps, SIZE, GATED: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def add_norm(x, y, w, stream, normed, split, eps, SIZE, ADDS: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: stream f32 [SIZE] is x + y (with ADDS, else x is), normed its zero-centred norm, and split the same as
-    `matmul.split_rows` gives it. One program."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, SIZE, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        v = tl.load(x + at, mask=at < SIZE, other=0.0)
-        if ADDS:
-            v += tl.load(y + at, mask=at < SIZE, other=0.0)
-            tl.store(stream + at, v, mask=at < SIZE)
-        total += v * v
-    by = 1.0 / tl.sqrt(tl.sum(total, 0) / SIZE + eps)
-    # What one thread wrote another may read.
-    tl.debug_barrier()
-    for start in range(0, SIZE, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        mask = at < SIZE
-        v = tl.load((stream if ADDS else x) + at, mask=mask, other=0.0) * by
-        v *= tl.load(w + at, mask=mask, other=0.0) + 1.0
-        tl.store(normed + at, v, mask=mask)
-        tl.store(split + (at % 8) * (SIZE // 8) + at // 8, v, mask=mask)
+def add_norm(x, y, w, stream, normed, codes, steps, eps, SIZE, ADDS: tl.constexpr, FOR: tl.constexpr,
+             WHOLE: tl.constexpr):  # fmt: skip
+    """One row: stream f32 [SIZE] is x + y (with ADDS, else x is), normed its zero-centred norm; that rounded for codes
+    of the kind FOR too (codes int8, steps f32), unless that is -1. WHOLE: SIZE or the next power of two. One program.
+    """
+    at = tl.arange(0, WHOLE // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    mask = at < SIZE
+    v = tl.load(x + at, mask=mask, other=0.0)
+    by = tl.load(w + at, mask=mask, other=0.0) + 1.0
+    if ADDS:
+        v += tl.load(y + at, mask=mask, other=0.0)
+        tl.store(stream + at, v, mask=mask)
+    v *= by * (1.0 / tl.sqrt(tl.sum(tl.sum(v * v, 1), 0) / SIZE + eps))
+    tl.store(normed + at, v, mask=mask)
+    if FOR >= 0:
+        store_rounded(v, at, codes, steps, SIZE, FOR)

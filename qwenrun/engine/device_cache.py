@@ -43,7 +43,7 @@ class Mover(Protocol):
 
 
 class CudaMover:
-    """A side stream and events. Not run yet on a card by this project's tests: they have none."""
+    """A side stream and events."""
 
     def __init__(self, device: torch.device) -> None:
         self._side = torch.cuda.Stream(device)

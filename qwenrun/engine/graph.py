@@ -24,6 +24,8 @@ from qwenrun.model.moe import MoE
 from qwenrun.model.qwen3_5 import Model, Table
 
 T = TypeVar("T")
+# Experts of a layer that are fetched at a token though nobody chose them.
+BROUGHT = 2
 
 
 class Recorder(Protocol):
@@ -37,10 +39,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: they are played in the order in which they were recorded.
-
-    Not run yet on a card by this project's tests: they have none.
-    """
+    """CUDA graphs that share one pool of memory: they are played in the order in which they were recorded."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -136,6 +135,9 @@ class GraphDecoder:
         """Whether no layer's experts will ever move again, and nobody wants to see which are chosen."""
         if self._whole is not None:
             return all(routed.trace is None for routed in self._cached)
+        # What no token has chosen yet may not be chosen for a long time, and until then a token is many graphs.
+        for routed in self._cached:
+            routed.bring(BROUGHT)
         tables = []
         for routed in self._cached:
             table = routed.table()

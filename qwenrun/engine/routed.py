@@ -110,6 +110,22 @@ class RoutedExperts:
             return None
         return slots
 
+    def bring(self, most: int) -> None:
+        """Have up to `most` of the layer's experts come to the device that are not there, if every expert has a slot.
+        Raises what reading an expert raises."""
+        cache = self._cache
+        if cache.table.contended:
+            return
+        own = np.arange(self._first, self._first + self._count)
+        held = [key for key in own[cache.slots_of(own) < 0][:most].tolist() if cache.hold(key)]
+        flying = set(held)
+        try:
+            while flying:
+                flying.difference_update(cache.wait(flying))
+        finally:
+            for key in held:
+                cache.release(key)
+
     def count_hits(self, count: int) -> None:
         """`count` experts were found in `table`, on the device, by nobody's asking."""
         self._cache.stats.lookups += count

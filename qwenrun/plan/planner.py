@@ -24,7 +24,7 @@ from qwenrun.plan.buffers import (
     totals,
     weight_buffers,
 )
-from qwenrun.plan.workspace import Codes
+from qwenrun.plan.workspace import Codes, card_workspace
 from qwenrun.quant.recipe import Assignment, Recipe, TensorInfo, recipe_names
 
 # Reads in flight beside the experts that are computed: enough to keep a disk busy.
@@ -164,7 +164,8 @@ class _Need:
 def _need(config: ModelConfig, weights: Weights, run: Run, gpu: bool) -> _Need:
     held = run_buffers(config, weights.codes, run)
     if gpu:
-        held = [replace(b, nbytes=RUNTIME_CUDA) if b.part == "runtime" else b for b in held]
+        own = {"runtime": RUNTIME_CUDA, "workspace": card_workspace(config, run.chunk, run.ctx)}
+        held = [replace(b, nbytes=own.get(b.part, b.nbytes)) for b in held]
     return _Need((*weights.dense, *held), weights.embedding, weights.pools)
 
 

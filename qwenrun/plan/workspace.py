@@ -84,6 +84,48 @@ def steps(config: ModelConfig, codes: Codes, tokens: int, ctx: int) -> dict[str,
     }
 
 
+# Programs that attention's splits are as many as, and rows of each (kernels/gpu); a test holds them together.
+CARD_PROGRAMS, CARD_ROWS, CARD_CHUNK = 256, 128, 32
+# Torch's allocator takes segments of 20 MiB and leaves holes in them: this share of what is asked for, and so much.
+CARD_SLACK, CARD_SEGMENTS = 1.1, 64 << 20
+
+
+def card_workspace(config: ModelConfig, chunk: int, ctx: int) -> int:
+    """`workspace` of the kernels for cards, with what torch's allocator takes beyond it."""
+    tokens = min(chunk, ctx)
+    # Before and after the mixer, normed, and what the experts are added to.
+    stream = 4 * FLOAT * tokens * config.hidden_size
+    return int(CARD_SLACK * (stream + max(card_steps(config, tokens, ctx).values()))) + CARD_SEGMENTS
+
+
+def card_steps(config: ModelConfig, tokens: int, ctx: int, operand: int = 2) -> dict[str, int]:
+    """Bytes of each step on a card. operand: of a number that tensor cores are given."""
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, channels, values = config.hidden_size, config.conv_channels, config.value_size
+    rows = tokens * config.num_heads
+    splits = max(1, min(-(-ctx // 256), CARD_PROGRAMS * CARD_ROWS // max(1, rows)))
+    chunks = -(-tokens // CARD_CHUNK) * CARD_CHUNK
+    out = {
+        # Queries and gates, keys and values twice, queries normed, turned and as operands; what the splits mix, and the
+        # result. Afterwards the sigmoid of the gate and the product, as it is and as operand.
+        "attention": tokens * (FLOAT * (2 * heads + 4 * kv + 2 * heads) + operand * heads)
+        + FLOAT * max(rows * splits * (config.head_dim + 2) + tokens * heads, 3 * tokens * heads),
+        # Channels, gate, channels after the convolution, inverse and scores of all chunks, result and its norm, as
+        # operand, and what comes of it.
+        "delta": FLOAT * tokens * (2 * channels + 3 * values + hidden)
+        + operand * tokens * values
+        + 2 * FLOAT * chunks * CARD_CHUNK * config.linear_value_heads,
+        "logits": 2 * FLOAT * config.vocab_size,
+    }
+    if not config.is_moe:
+        return out | {"mlp": tokens * (FLOAT * (3 * config.mlp_size + hidden) + operand * (config.mlp_size + hidden))}
+    # Of every pair of token and expert: its row of the result; where some experts are on their way, the token's row, as
+    # operand; gate and up, their product, what comes of it, and that weighted.
+    pair = FLOAT * (4 * hidden + 2 * config.expert_size) + operand * (hidden + config.expert_size)
+    shared = FLOAT * 3 * config.shared_size + operand * (hidden + config.shared_size) + FLOAT * hidden
+    return out | {"experts": tokens * config.top_k * pair, "shared expert": tokens * shared}
+
+
 def _worst(codes: Iterable[str]) -> str:
     return max(codes, key=lambda name: DECODING[name], default="bf16")
 

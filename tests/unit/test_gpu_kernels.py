@@ -30,6 +30,10 @@ WHY = refusal("gpu", "rms_norm", "cpu", None)
 pytestmark = pytest.mark.skipif(bool(WHY), reason=f"the GPU backend {WHY}")
 
 
+# What 16 bits of a token's activations leave of a product with 4-bit codes (`kernels.gpu.rounded`).
+SIXTEEN_BITS = 6e-5
+
+
 def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
@@ -44,7 +48,7 @@ def test_a_long_row_is_cut_into_shares(storage: str) -> None:
     """More words than a share, and not a multiple of it."""
     w = ref.encode(torch.randn(32, 128 * 21), SPECS[storage])
     x = torch.randn(1, 128 * 21)
-    assert error(gpu.linear(x, w), ref.linear(x, w)) < 1e-5
+    assert error(gpu.linear(x, w), ref.linear(x, w)) < SIXTEEN_BITS
 
 
 @pytest.mark.parametrize("storage", ["int4-g128-tiled", "int4-g32-zero-tiled", "nvfp4-tiled", "int8-g32", "bf16"])
@@ -132,7 +136,7 @@ def test_experts_in_slots_of_a_cache(storage: str) -> None:
         x, weight, base = torch.randn(tokens, 64) / 8, torch.rand(tokens, 2), torch.randn(tokens, 64)
         index = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
         want = ref.experts(x, gate_up, down, index, weight, base)
-        assert error(gpu.experts(x, *strided, index, weight, base), want) < 1e-5
+        assert error(gpu.experts(x, *strided, index, weight, base), want) < 2 * SIXTEEN_BITS
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(1, 700), (3, 40), (33, 300)])
@@ -230,6 +234,10 @@ def test_not_a_number_comes_through() -> None:
     y = gpu.linear(x, w)
     assert y[0].isfinite().all()
     assert y[1].isnan().all()
+    for kind in ("int4-g128-tiled", "nvfp4-tiled"):
+        one = ref.encode(torch.randn(32, 128), SPECS[kind])
+        assert gpu.linear(x[1:], one).isnan().all()
+        assert (gpu.linear(torch.zeros(1, 128), one) == 0).all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the compiler's tools are in Triton's Linux wheels")

@@ -168,6 +168,23 @@ def test_a_token_is_one_graph_once_every_expert_has_its_slot(pack: Path, opened:
     close_to(got, wanted(opened(pack, 1.0, 1.0), 12))
 
 
+def test_experts_that_nobody_chose_come_too(pack: Path, opened: Callable[..., Device]) -> None:
+    """Else a token would be many graphs until the rarest expert was chosen; where not all have room none is fetched."""
+    device = opened(pack, 1.0, 1.0)
+    for _ in range(EXPERTS // 2 + 2):
+        device.decode(7)
+    assert device.decode._whole is not None
+    assert all(routed.table() is not None for routed in device.decode._cached)
+    for cache in {id(c): c for c in device.experts._caches.values()}.values():
+        assert cache.table.claimable == cache.table.slots
+    few = opened(pack, 0.3, 1.0)
+    few.decode(7)
+    before = few.experts.stats().copied_bytes
+    for routed in few.decode._cached:
+        routed.bring(100)
+    assert few.experts.stats().copied_bytes == before
+
+
 def test_routes_are_seen_while_somebody_looks(pack: Path, opened: Callable[..., Device]) -> None:
     """The host has to know what was chosen: no whole graph meanwhile, and one again after it."""
     device = opened(pack, 1.0, 1.0)
