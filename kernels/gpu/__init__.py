@@ -82,7 +82,7 @@ def experts(
 ) -> Tensor:
     """See `qwenrun.kernels.ops.experts`. Those of many tokens that are not tiled are the reference's."""
     if not gate_up.spec.tile or not down.spec.tile:
-        few = x.shape[0] <= _launch().FEW_TOKENS and not any(
+        few = index.numel() <= _launch().FEW_PAIRS and not any(
             _refuses("linear", w.spec) or w.spec.tile for w in (gate_up, down)
         )
         if few:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenrun.kernels.cases import SPECS
-from qwenrun.kernels.gpu.tiles import FP4_TARGETS, FP4_TILE, TARGETS, Tile, attention, choose
+from qwenrun.kernels.gpu.tiles import FAR, FP4_TARGETS, FP4_TILE, TARGETS, Tile, attention, choose
 from qwenrun.kernels.spec import BlockSpec
 
 # Bytes of shared memory a block may use (CUDA C programming guide, table of compute capabilities).
@@ -103,7 +103,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"experts down {form}", "moe.down_tiled",
             (*rounded, "*i64", "*fp32", *weights, "*fp32", "*fp32", "i32", "i32", *strides),
-            {"K_CHOSEN": 8, "HAS_BASE": True, **constants, "STEPS": launch.DOWN_STEPS, "ROWS": launch.DOWN_ROWS},
+            {"K_CHOSEN": 8, "HAS_BASE": True, **constants, "STEPS": launch.down_steps(spec), "ROWS": launch.DOWN_ROWS},
             warps=launch.DOWN_WARPS,
         )  # fmt: skip
         del constants["ASSEMBLY"], constants["STEPS"]
@@ -112,7 +112,7 @@ def variants() -> Iterator[Variant]:
                 f"gemm_tiled {form} {tile.rows}x{tile.cols} w{tile.warps}",
                 "matmul.gemm_tiled",
                 ("*bf16", *weights, "*fp32", *["*i64"] * 5, "i32", "i32", "i32", *strides),
-                {**constants, "BM": tile.rows, "BN": tile.cols},
+                {**constants, "ASSEMBLY": True, "BM": tile.rows, "BN": tile.cols},
                 cores=BF16_CORES,
                 warps=tile.warps,
                 stages=tile.stages,
@@ -199,7 +199,8 @@ def variants() -> Iterator[Variant]:
             ("*fp32", "*fp32", bits, bits, scales, scales, "*i64", "i32"), {"D": 256, "KIND": kind},
         )  # fmt: skip
     for form, least in (("", 0), (" step", launch.STEP_SPLIT)):
-        sizes = {"MOST": 128, "D": 256, "SLICE": launch.JOIN_SLICE, "BLOCK": launch.JOIN_BLOCK}
+        most, slice_ = (128, launch.JOIN_SLICE) if least else (2, 256)
+        sizes = {"MOST": most, "D": 256, "SLICE": slice_, "BLOCK": min(most, launch.JOIN_BLOCK)}
         yield Variant(
             f"join_parts D256{form}", "attend.join_parts", (*floats, "*i64", "i32", "i32"), {"LEAST": least, **sizes}
         )
@@ -253,11 +254,10 @@ def _attention_tiles(int8: bool) -> Iterator[tuple[str, int, Tile, tuple[int, ..
     """(form, LEAST, tile, cards) of a decoded token's attention and of a prompt's."""
     from qwenrun.kernels.gpu.launch import STEP_SPLIT
 
-    for form, least, rows in ((" step", STEP_SPLIT, 16), ("", 0, 16), ("", 0, 8192)):
-        used = {target: attention(rows, int8, target) for target in TARGETS}
-        for tile in dict.fromkeys(used.values()):
-            if (least, rows) != (0, 16) or tile not in {attention(8192, int8, t) for t in TARGETS}:
-                yield form, least, tile, tuple(target for target in TARGETS if used[target] == tile)
+    for form, least, sizes in ((" step", STEP_SPLIT, ((16, FAR),)), ("", 0, ((16, FAR), (8192, 512), (8192, FAR)))):
+        used = [(target, attention(*size, int8, target)) for size in sizes for target in TARGETS]
+        for tile in dict.fromkeys(tile for _, tile in used):
+            yield form, least, tile, tuple(t for t in TARGETS if (t, tile) in used)
 
 
 def _tiles(spec: BlockSpec) -> Iterator[tuple[Tile, tuple[int, ...]]]:

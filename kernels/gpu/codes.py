@@ -62,33 +62,31 @@ def less_magic(bits, SHIFT: tl.constexpr, LESS: tl.constexpr):
 
 
 @triton.jit
-def signed_byte(word, AT: tl.constexpr):
-    """Byte AT of an int32 word, -128..127."""
-    return (word << (24 - 8 * AT)) >> 24
+def whole_numbers(high, low):
+    """Activations int32 [.., .., 4] of words of high and of low bytes [.., ..]: 256 high + low, both -128..127."""
+    up = 24 - 8 * tl.arange(0, 4)[None, None, :]
+    return ((high[:, :, None] << up) >> 24) * 256 + ((low[:, :, None] << up) >> 24)
 
 
 @triton.jit
-def half_steps(word, SHIFT: tl.constexpr):
-    """Twice the E2M1 number of bits SHIFT..SHIFT+3: an integer in -12..12."""
-    bits = word >> SHIFT
+def half_steps(bits):
+    """Twice the E2M1 number of an int32's lowest four bits: an integer in -12..12."""
     mantissa, exponent = bits & 1, (bits >> 1) & 3
     size = tl.where(exponent == 0, mantissa, (mantissa + 2) << tl.maximum(exponent - 1, 0))
     return tl.where((bits & 8) != 0, -size, size)
 
 
 @triton.jit
-def dot_plainly(word, first, second, KIND: tl.constexpr):
-    """What `dot8` has for one half of the activations, without assembly."""
-    total = word * 0
-    for j in tl.static_range(4):
-        if KIND == 0:
-            total += ((word >> (8 * j)) & 15) * 16 * signed_byte(first, j)
-            total += ((word >> (8 * j + 4)) & 15) * 16 * signed_byte(second, j)
-            total -= 128 * (signed_byte(first, j) + signed_byte(second, j))
-        else:
-            total += half_steps(word, 4 * j) * signed_byte(first, j)
-            total += half_steps(word, 16 + 4 * j) * signed_byte(second, j)
-    return total
+def dot_plainly(word, a_high, b_high, a_low, b_low, KIND: tl.constexpr):
+    """`dot8` without assembly."""
+    j = tl.arange(0, 4)[None, None, :]
+    first, second = whole_numbers(a_high, a_low), whole_numbers(b_high, b_low)
+    if KIND == 0:
+        low, high = ((word[:, :, None] >> (8 * j)) & 15) - 8, ((word[:, :, None] >> (8 * j + 4)) & 15) - 8
+        return tl.sum((low * first + high * second) * 16, 2)
+    else:
+        low, high = half_steps(word[:, :, None] >> (4 * j)), half_steps(word[:, :, None] >> (16 + 4 * j))
+        return tl.sum(low * first + high * second, 2)
 
 
 @triton.jit
@@ -137,4 +135,32 @@ def dot8(word, a_high, b_high, a_low, b_low, KIND: tl.constexpr, ASSEMBLY: tl.co
                 "=r,r,r,r,r,r", [word, a_high, b_high, a_low, b_low], dtype=tl.int32, is_pure=True, pack=1,
             )  # fmt: skip
     else:
-        return dot_plainly(word, a_high, b_high, KIND) * 256 + dot_plainly(word, a_low, b_low, KIND)
+        return dot_plainly(word, a_high, b_high, a_low, b_low, KIND)
+
+
+@triton.jit
+def eight_int4(word, less):
+    """The eight int4 codes of a word less a number, bfloat16, by assembly. less int32: the bits of -(128 + that number)
+    as bfloat16, twice."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c, d, one;
+        mov.b32 one, 0x3F803F80;
+        shr.u32 b, $8, 4;
+        shr.u32 c, $8, 8;
+        shr.u32 d, $8, 12;
+        lop3.b32 a, $8, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
+        fma.rn.bf16x2 a, a, one, $9;
+        fma.rn.bf16x2 b, b, one, $9;
+        fma.rn.bf16x2 c, c, one, $9;
+        fma.rn.bf16x2 d, d, one, $9;
+        mov.b32 {$0, $2}, a;
+        mov.b32 {$4, $6}, b;
+        mov.b32 {$1, $3}, c;
+        mov.b32 {$5, $7}, d;
+        }""",
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [word, less], dtype=(tl.int16,) * 8, is_pure=True, pack=1,
+    )  # fmt: skip

@@ -36,15 +36,18 @@ SCALES = {"f16": 0, "e4m3": 1, "e8m0": 2}
 ASSEMBLY = not INTERPRETED
 # A program of a product with one row has so many rows of the matrix, or a tile, and so many words of each at a time.
 ROWS, STEPS, WARPS = 16, 64, 8
-DOWN_ROWS, DOWN_STEPS, DOWN_WARPS = 8, 128, 4
+DOWN_ROWS, DOWN_WARPS = 8, 4
 NORM_WARPS = 8
 # Programs that fill a card, and the fewest words of a row that are a program's share.
 FULL, LEAST_SHARE = 512, 128
 PLAIN_ROWS, PLAIN_COLS = 4, 1024
+# Interpreted, programs are slow, however much each does.
+INTERPRETED_ROWS = 16
 # Bytes that a thread reads at once.
 PLAIN_RUN = 16
-# Tokens whose experts are read token by token.
-FEW_TOKENS = 4
+# Pairs of a token and an expert that are read pair by pair: of more, experts are read for all their tokens at once.
+# Interpreted, each is slow.
+FEW_PAIRS = 8 if INTERPRETED else 32
 
 
 def _parts(w: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,6 +72,11 @@ def format_of(spec: BlockSpec, tensor_scales: int) -> dict[str, int | bool]:
 
 def _format(w: Weight) -> dict[str, int | bool]:
     return format_of(w.spec, 0 if w.tensor_scale is None else w.tensor_scale.shape[-1])
+
+
+def down_steps(spec: BlockSpec) -> int:
+    """Words at a time of a program of `moe.down_tiled`: with zero points fewer, or it spills for sm_100."""
+    return 64 if spec.zero else 128
 
 
 def _steps(parts: tuple[Tensor, ...]) -> list[int]:
@@ -270,7 +278,8 @@ def plain_columns(block: int) -> int:
 
 def plain_shape(rows: int, scaled: bool) -> tuple[int, int]:
     """Rows and warps that a program of `matmul.gemv_plain` has: of few rows one, or a card mostly waits."""
-    return PLAIN_ROWS if rows >= 1024 else 1, 8 if scaled else 4
+    few = INTERPRETED_ROWS if INTERPRETED else 1
+    return PLAIN_ROWS if rows >= 1024 else few, 8 if scaled else 4
 
 
 def row_product(x: Row, w: Weight, onto: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -368,7 +377,7 @@ def _grouped(
         return
     table = (sources, order, matrix, first, last, w.rows, w.cols, x.shape[1], *steps)
     matmul.gemm_tiled[grid](
-        x, *_parts(w), out, *table, **_format(w), BM=tile.rows, BN=tile.cols, num_warps=tile.warps,
+        x, *_parts(w), out, *table, **_format(w), ASSEMBLY=ASSEMBLY, BM=tile.rows, BN=tile.cols, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
 
@@ -378,7 +387,7 @@ def experts(
 ) -> Tensor:
     """See `qwenrun.kernels.ops.experts`; both stacks are tiled."""
     given = (x, gate_up, down, index.contiguous(), weight.contiguous(), base)
-    return _few_tokens(*given) if x.shape[0] <= FEW_TOKENS else _many_tokens(*given, distinct)
+    return _few_tokens(*given) if index.numel() <= FEW_PAIRS else _many_tokens(*given, distinct)
 
 
 def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: Tensor, base: Tensor | None) -> Tensor:
@@ -392,8 +401,8 @@ def _few_tokens(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight:
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
     moe.down_tiled[(tokens, -(-hidden // DOWN_ROWS))](
         *middle.read, index, weight, *second, out if base is None else base.contiguous(), out, hidden, inner,
-        *_steps(second), k, base is not None, **_format(down), ASSEMBLY=ASSEMBLY, STEPS=DOWN_STEPS, ROWS=DOWN_ROWS,
-        num_warps=DOWN_WARPS,
+        *_steps(second), k, base is not None, **_format(down), ASSEMBLY=ASSEMBLY, STEPS=down_steps(down.spec),
+        ROWS=DOWN_ROWS, num_warps=DOWN_WARPS,
     )  # fmt: skip
     return out
 
@@ -518,7 +527,7 @@ def _attend(
     """place: where q's one token stands, if the host doesn't know it; then k and v are the whole cache."""
     (tokens, heads, size), (length, groups) = q.shape, k.shape[:2]
     shared, rows = heads // groups, tokens * heads
-    tile = tiles.attention(tokens * shared, stored[0] is not None, _capability(q.device))
+    tile = tiles.attention(tokens * shared, length, stored[0] is not None, _capability(q.device))
     blocks = -(-tokens * shared // tile.rows)
     least = 0 if place is None else STEP_SPLIT
     programs = STEP_PROGRAMS if least else PROGRAMS
@@ -534,10 +543,10 @@ def _attend(
         num_stages=tile.stages,
     )  # fmt: skip
     out = torch.empty(tokens, heads, size, dtype=torch.float32, device=q.device)
-    most, slice_ = power_of_two(splits), min(size, JOIN_SLICE)
-    attend.join_parts[(rows, size // slice_)](
-        parts, mixed, out, at, rows, splits, least, most, size, slice_, JOIN_BLOCK
-    )
+    # Of one token a head is joined by several programs, or most of a card waits.
+    most, slice_ = power_of_two(splits), min(size, JOIN_SLICE) if least else size
+    sizes = (least, most, size, slice_, min(most, JOIN_BLOCK))
+    attend.join_parts[(rows, size // slice_)](parts, mixed, out, at, rows, splits, *sizes)
     return out
 
 

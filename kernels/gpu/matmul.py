@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwenrun.kernels.gpu.codes import dot8, number, scale_of
+from qwenrun.kernels.gpu.codes import dot8, eight_int4, number, scale_of
 
 
 @triton.jit
@@ -97,26 +97,35 @@ def add_shares(parts, base, gate, out, N, SHARES: tl.constexpr, ONTO: tl.constex
 
 
 @triton.jit
-def columns(word, by, zero, KIND: tl.constexpr, SCALED: tl.constexpr, ZERO: tl.constexpr, OPERAND: tl.constexpr,
-            ROWS: tl.constexpr):  # fmt: skip
-    """Words int32 [16, ROWS] of 16 steps as the numbers OPERAND [128, ROWS] that their codes stand for, times by
-    [16, ROWS] with SCALED; ZERO: int4 codes less zero, [16, ROWS] or [1, ROWS]. A word's eight lie side by side, so
-    that a thread writes them to shared memory at once."""
-    ab = tl.join(
-        column(word, 0, by, zero, KIND, SCALED, ZERO, OPERAND), column(word, 1, by, zero, KIND, SCALED, ZERO, OPERAND)
-    )
-    cd = tl.join(
-        column(word, 2, by, zero, KIND, SCALED, ZERO, OPERAND), column(word, 3, by, zero, KIND, SCALED, ZERO, OPERAND)
-    )
-    ef = tl.join(
-        column(word, 4, by, zero, KIND, SCALED, ZERO, OPERAND), column(word, 5, by, zero, KIND, SCALED, ZERO, OPERAND)
-    )
-    gh = tl.join(
-        column(word, 6, by, zero, KIND, SCALED, ZERO, OPERAND), column(word, 7, by, zero, KIND, SCALED, ZERO, OPERAND)
-    )
-    # [16, ROWS, odd, second pair, upper four]
+def columns(word, by, zero, KIND: tl.constexpr, SCALED: tl.constexpr, ZERO: tl.constexpr, ASSEMBLY: tl.constexpr,
+            OPERAND: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Words int32 [ROWS / R, 16 steps, R rows] as the numbers OPERAND [128, ROWS] that their codes stand for, times by
+    f32 with SCALED; ZERO: int4 codes less zero f32. A word's eight lie side by side, as a thread writes them."""
+    if ASSEMBLY and KIND == 0 and not SCALED:
+        # -128 as bfloat16 is 0xC300, and numbers below 128 are its low bits.
+        less = word * 0 + ((zero.to(tl.int32) if ZERO else 8) + 0xC300)
+        less = (less << 16) | less
+        a, b, c, d, e, f, g, h = eight_int4(word, less)
+        ab, cd = tl.join(as_bf16(a), as_bf16(b)), tl.join(as_bf16(c), as_bf16(d))
+        ef, gh = tl.join(as_bf16(e), as_bf16(f)), tl.join(as_bf16(g), as_bf16(h))
+    else:
+        ab = tl.join(column(word, 0, by, zero, KIND, SCALED, ZERO, OPERAND),
+                     column(word, 1, by, zero, KIND, SCALED, ZERO, OPERAND))  # fmt: skip
+        cd = tl.join(column(word, 2, by, zero, KIND, SCALED, ZERO, OPERAND),
+                     column(word, 3, by, zero, KIND, SCALED, ZERO, OPERAND))  # fmt: skip
+        ef = tl.join(column(word, 4, by, zero, KIND, SCALED, ZERO, OPERAND),
+                     column(word, 5, by, zero, KIND, SCALED, ZERO, OPERAND))  # fmt: skip
+        gh = tl.join(column(word, 6, by, zero, KIND, SCALED, ZERO, OPERAND),
+                     column(word, 7, by, zero, KIND, SCALED, ZERO, OPERAND))  # fmt: skip
+    # [tile, step, row, odd, second pair, upper four]
     all_ = tl.join(tl.join(ab, cd), tl.join(ef, gh))
-    return tl.reshape(tl.permute(all_, (0, 4, 3, 2, 1)), [128, ROWS])
+    return tl.reshape(tl.permute(all_, (1, 5, 4, 3, 0, 2)), [128, ROWS])
+
+
+@triton.jit
+def as_bf16(bits):
+    """int16 bits of bfloat16 numbers."""
+    return bits.to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -134,8 +143,8 @@ def column(word, J: tl.constexpr, by, zero, KIND: tl.constexpr, SCALED: tl.const
 @triton.jit
 def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, block_matrix, block_first, block_last, N, K,
                WIDTH, codes_step, scales_step, zeros_step, tensor_step, KIND: tl.constexpr, SCALE: tl.constexpr,
-               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr):  # fmt: skip
+               ZERO: tl.constexpr, TENSOR: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Rows of activations, sorted by the matrix of a stack they are multiplied with: out f32 [rows, N].
 
     x [*, WIDTH], zero from column K on. Row p of the sorted ones is row sources[order[p]] of x and row order[p] of
@@ -154,32 +163,38 @@ def gemm_tiled(x, codes, scales, zeros, tensor_scales, out, sources, order, bloc
         pair = tl.load(order + p, mask=real, other=0)
         source = tl.load(sources + pair, mask=real, other=0)
         row = n * BN + tl.arange(0, BN)
-        tile, lane = (row // 16).to(tl.int64)[None, :], (row % 16)[None, :]
-        there = (row < N)[None, :]
+        # Tile by tile, so that a warp's words are those of many steps, and what its threads write to shared memory at
+        # once are runs in different banks; with scales of their own for few columns that takes too many registers.
+        RUN: tl.constexpr = 16 if BLOCK == 128 else BN
+        across = n * BN + tl.arange(0, BN // RUN)[:, None, None] * RUN + tl.arange(0, RUN)[None, None, :]
+        tile, lane = (across // 16).to(tl.int64), across % 16
+        i, there, real_rows = tl.arange(0, 16)[None, :, None], across < N, (row < N)[None, :]
         at = x + (source * WIDTH)[:, None] + tl.arange(0, 128)[None, :]
         acc = tl.zeros([BM, BN], tl.float32)
         for start in range(0, K // 8, 16):
-            step = start + tl.arange(0, 16)
+            step = start + i
             # Behind the last word x is zero.
-            word = tl.load(codes + (tile * (K // 8) + step[:, None]) * 16 + lane,
-                           mask=(step < K // 8)[:, None] & there, other=0)  # fmt: skip
+            mask = (step < K // 8) & there
+            word = tl.load(codes + (tile * (K // 8) + step) * 16 + lane, mask=mask, other=0)
             rows = tl.load(at + start * 8, mask=real[:, None], other=0.0)
             # Of a block of 128 the products are of integers, exact in bfloat16, and the scale comes on their sum.
             if BLOCK == 128:
-                mask, place = there, tile * (K // BLOCK) + start // 16
+                place = tile * (K // BLOCK) + start // 16
+                zero = zero_point(zeros, place, lane, there) if ZERO else word
+                value = columns(word, word, zero, KIND, False, ZERO, ASSEMBLY, x.dtype.element_ty, BN)
+                own = (row // 16).to(tl.int64) * (K // BLOCK) + start // 16
+                by = scale_of(tl.load(scales + own * 16 + row % 16, mask=row < N, other=0), SCALE)
+                acc += tl.dot(rows, value) * by[None, :]
             else:
-                mask, place = (step < K // 8)[:, None] & there, tile * (K // BLOCK) + (step * 8 // BLOCK)[:, None]
-            by = scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE)
-            zero = zero_point(zeros, place, lane, mask) if ZERO else by
-            value = columns(word, by, zero, KIND, BLOCK < 128, ZERO, x.dtype.element_ty, BN)
-            if BLOCK == 128:
-                acc += tl.dot(rows, value) * by
-            else:
+                place = tile * (K // BLOCK) + step * 8 // BLOCK
+                by = scale_of(tl.load(scales + place * 16 + lane, mask=mask, other=0), SCALE)
+                zero = zero_point(zeros, place, lane, mask) if ZERO else by
+                value = columns(word, by, zero, KIND, True, ZERO, ASSEMBLY, x.dtype.element_ty, BN)
                 acc = tl.dot(rows, value, acc)
         if TENSOR > 0:
             own = tensor_scales + matrix * tensor_step + row * TENSOR // N
             acc *= tl.load(own, mask=row < N, other=0.0)[None, :]
-        tl.store(out + pair[:, None] * N + row[None, :], acc, mask=real[:, None] & there)
+        tl.store(out + pair[:, None] * N + row[None, :], acc, mask=real[:, None] & real_rows)
 
 
 @triton.jit

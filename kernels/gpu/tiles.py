@@ -44,7 +44,7 @@ def _tiled(rows: int, spec: BlockSpec, card: int) -> Tile:
             return Tile(32, 64, 2)
         return Tile(32, 128, 4) if sums and not spec.zero else Tile(32, 64, 4)
     if rows <= 64:
-        return Tile(64, 64, 8 if spec.zero and card == 120 else 4)
+        return Tile(64, 64, 8 if card == 120 and spec.zero else 4)
     if card == 90 or (card == 100 and not sums):
         return Tile(128, 64, 4, 2)
     return Tile(128, 32, 4, 2) if card == 120 and sums else Tile(128, 64, 8, 2)
@@ -63,14 +63,19 @@ def choose_all(rows: int, specs: Iterable[BlockSpec], target: int) -> Tile:
     return min((choose(rows, spec, target) for spec in specs), key=lambda tile: tile.rows * tile.cols)
 
 
-def attention(rows: int, int8: bool, target: int) -> Tile:
+# Positions from which on attention's tiles are large: before, most of what they compute is behind a token.
+FAR = 8192
+
+
+def attention(rows: int, length: int, int8: bool, target: int) -> Tile:
     """The tile of attention at head size 256 for `rows` pairs of a token and one of the query heads that share a key
-    head: rows of them, cols positions of the cache at a time."""
-    small = known(target) in (89, 120)  # in shared memory
+    head, over `length` positions: rows of them, cols positions of the cache at a time."""
+    card = known(target)
+    small = card in (89, 120)  # in shared memory
     if rows <= 16:
         return Tile(16, 64, 8) if int8 and not small else Tile(16, 32 if small else 64, 4)
-    if rows <= 64 or small or (int8 and known(target) != 90):
-        return Tile(64, 64, 8, 2) if int8 or not small else Tile(64, 32, 8, 2)
+    if rows <= 64 or length < FAR or small or (int8 and card != 90):
+        return Tile(64, 32, 8, 2) if (small and not int8) or (int8 and card == 90) else Tile(64, 64, 8, 2)
     return Tile(128, 64 if int8 else 32, 8, 2 if int8 else 3)
 
 

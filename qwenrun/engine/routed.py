@@ -199,9 +199,10 @@ class _Pass:
         if not keys:
             return
         pairs = self._pairs(keys)
-        slots = torch.from_numpy(self.cache.slots_of(self.flat[pairs])).to(self.x.device)
-        at = torch.from_numpy(pairs).to(self.x.device)
-        x = self.x[at // self.shape[1]]
+        slots = self.cache.slots_of(self.flat[pairs])
+        # One copy to the device, for each waits for the one before.
+        slots, at, tokens = torch.from_numpy(np.stack([slots, pairs, pairs // self.shape[1]])).to(self.x.device)
+        x = self.x[tokens]
         layer, weight = self.layer, self.weight[at]
         self.rows[at] = layer._op(x, *layer._stack, slots[:, None], weight, None, len(keys))
         self.cache.used(keys)
@@ -228,8 +229,8 @@ class _Pass:
         assert assist is not None
         pairs = self._pairs(sorted(keys))
         slots = torch.from_numpy(assist.host.slots_of(self.flat[pairs]))
-        at = torch.from_numpy(pairs).to(self.x.device)
-        x, weight = self.x[at // self.shape[1]].cpu(), self.weight[at].cpu()
+        at, tokens = torch.from_numpy(np.stack([pairs, pairs // self.shape[1]])).to(self.x.device)
+        x, weight = self.x[tokens].cpu(), self.weight[at].cpu()
         made = self.layer._host_op(x, *self.layer._host_stack, slots[:, None], weight)
         self.rows[at] = made.to(self.x.device)
         self.cache.stats.assisted += len(keys)
