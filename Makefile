@@ -22,7 +22,7 @@ DEMO_MODEL := qwenrun/demo/model
 DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model demo-eval test test-gpu lint type fmt bench bench-budget bench-peer gpu-aot gpu-traffic sanitize synth docs wheel clean
+.PHONY: help setup demo demo-model demo-eval test test-gpu lint type fmt bench bench-budget bench-gpu bench-peer gpu-aot gpu-traffic sanitize synth docs wheel clean
 
 # What `make synth` writes, and where; what the budget and peer benchmarks run on.
 MODEL ?= 122b
@@ -139,6 +139,9 @@ bench-peer: setup $(PEER_VENV)/bin/python ## beside llama.cpp in the same memory
 test-gpu: setup ## on a machine with an NVIDIA card: every kernel, the demo's logits, speeds, then the demo on the card
 	$(BIN)/qwenrun selftest --device cuda
 	$(BIN)/qwenrun bench --vram 4GiB
+
+bench-gpu: setup ## on a machine with an NVIDIA card: what a layer of the 122B asks of it, op by op
+	$(BIN)/python -m qwenrun.kernels.gpu.speed $(ARGS)
 
 gpu-aot: setup ## compile every kernel for sm_80 to sm_120 without a card, and write docs/kernels.md
 	$(BIN)/python -m qwenrun.kernels.gpu.aot --page docs/kernels.md $(ARGS)

@@ -149,7 +149,7 @@ def prompt_steps(tokens: int, positions: Sequence[int] = (0, 32768), experts: in
             )
     channels, state = 12288, torch.zeros(64, 128, 128)
     vectors = (torch.randn(channels, 4), torch.randn(3, channels), -torch.rand(64), torch.randn(64), torch.randn(128))
-    rows = (torch.randn(tokens, channels), torch.randn(tokens, 8192), torch.randn(tokens, 64), torch.randn(tokens, 64))
-    given = (*rows, *vectors, 1e-6, state)
+    own = (torch.randn(tokens, channels), torch.randn(tokens, 8192), torch.randn(tokens, 64), torch.randn(tokens, 64))
+    given = (*own, *vectors, 1e-6, state)
     least = nbytes(given, state) + 4 * 8192 * tokens
     yield Step(f"delta_net x{tokens}", "delta_net", given, least, 8 * tokens * 64 * 128 * 128)

@@ -1,4 +1,5 @@
-"""An interval for decode speed: the bytes a token moves in a plan, over the bandwidths of what moves them.
+"""An interval for decode speed: the bytes a token moves in a plan, over the bandwidths of what moves them; on a card
+what its launches take too.
 
 Predicted, never measured. The slow end: routing is uniform, every resource works alone, at a part of its
 bandwidth, and the context is full. The fast end: routing is skewed as real models' is, all resources work at
@@ -14,6 +15,9 @@ from qwenrun.plan.planner import Plan, Stored
 
 # Shares of a stated bandwidth that decoding reaches: good kernels 80 to 90 % of it, plain ones half.
 EFFICIENCY = (0.5, 0.9)
+# Seconds that a layer's launches take on a card beside that: an H100 took 57 us a layer beyond half of its bandwidth
+# (docs/gpu.md, 2026-11-26); half of it is what fewer of them may leave.
+LAUNCHES = (60e-6, 30e-6)
 # Share of lookups that find their expert when a share s of the experts is resident: s if routing is uniform, about
 # s^0.6 where a cache was measured on a real model of 128 experts (19 % -> 37 %, 57 % -> 74 %; kekzl/imp PR 1374).
 SKEW = 0.6
@@ -71,7 +75,9 @@ def decode_speed(plan: Plan, stored: Stored, rates: Rates) -> Speed:
         ends.append((moved, {name: moved[name] / (speeds[name] * efficiency) for name in moved}, near))
     (moved, slow, uniform), (_, fast, skewed) = ends
     binds = max(fast, key=lambda name: fast[name])
-    return Speed(1 / sum(slow.values()), 1 / max(fast.values()), binds, (uniform, skewed), moved)
+    launches = [plan.config.num_layers * seconds if rates.link else 0.0 for seconds in LAUNCHES]
+    times = (sum(slow.values()) + launches[0], max(fast.values()) + launches[1])
+    return Speed(1 / times[0], 1 / times[1], binds, (uniform, skewed), moved)
 
 
 def _expert_bytes(plan: Plan) -> int:

@@ -118,6 +118,31 @@ def test_the_estimate_is_near_the_peak(
     assert max(steps, key=lambda name: steps[name]) == step
 
 
+# Peaks of torch's allocator beside the arena on an H100, MiB: prompts of 3,000 tokens, the widest layers of the 122B,
+# `int4`; at 512 tokens a step half of the experts were on their way, at 2,048 all were there (2026-11-26).
+SEEN_ON_A_CARD = {512: 208, 2048: 417}
+
+
+def test_the_estimate_for_cards_covers_what_one_took() -> None:
+    config = ModelConfig.from_name("122b")
+    for chunk, seen in SEEN_ON_A_CARD.items():
+        estimate = plan.card_workspace(config, chunk, 4096)
+        assert seen << 20 < estimate < 3.3 * (seen << 20)
+    # A token needs next to nothing but logits, and a longer context nothing but splits of one prompt's attention.
+    assert plan.card_workspace(config, 1, 4096) < plan.CARD_SEGMENTS + (16 << 20)
+    assert plan.card_workspace(config, 512, 1 << 20) == plan.card_workspace(config, 512, 8192)
+
+
+def test_the_sizes_for_cards_are_the_kernels() -> None:
+    pytest.importorskip("triton")
+    from qwenrun.kernels.gpu import launch, tiles
+
+    assert launch.PROGRAMS == plan.CARD_PROGRAMS
+    assert launch.CHUNK == plan.CARD_CHUNK
+    rows = [tiles.attention(8192, 1 << 20, int8, target).rows for int8 in (False, True) for target in tiles.TARGETS]
+    assert max(rows) == plan.CARD_ROWS
+
+
 def test_the_block_sizes_are_the_kernels() -> None:
     for module, name, ours in (
         ("attention", "QUERY_BLOCK", plan.QUERY_BLOCK),
