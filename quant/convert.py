@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qwenrun.kernels.spec import TILE_ROWS
-from qwenrun.kernels.weight import Weight
+from qwenrun.kernels.weight import TORCH_DTYPES, Weight
 from qwenrun.quant import formats
 from qwenrun.quant.errors import CheckpointError
 from qwenrun.quant.packfile.checkpoint import Checkpoint, contained
@@ -48,6 +48,7 @@ class _Sums:
     noise: float = 0.0
     zero_rows: int = 0  # of the checkpoint
     stored_zero_rows: int = 0  # of the pack: more than those where rows were too small for the format
+    carried: int = 0  # matrices whose codes were those of the checkpoint
     nbytes: int = 0
 
     def add(self, piece: _Sums) -> None:
@@ -56,6 +57,7 @@ class _Sums:
         self.zero_rows += piece.zero_rows
         self.stored_zero_rows += piece.stored_zero_rows
         self.nbytes += piece.nbytes
+        self.carried += piece.carried
 
 
 def convert(
@@ -102,6 +104,8 @@ def convert(
 
     with PackWriter(out, entries, force) as writer:
         sums, hashes = _run(checkpoint, writer, [entries[info.name] for info in order], threads, advance)
+        if checkpoint.imported:
+            notes = (*notes, _imported(checkpoint, sums))
         source = _source(checkpoint, hashes)
         hashed = 0
 
@@ -135,6 +139,15 @@ def convert(
     pack_bytes = sum(file.stat().st_size for file in out.iterdir())
     seconds = time.perf_counter() - started
     return Report(str(out), recipe.name, rows, input_bytes, pack_bytes, seconds, tuple(notes))
+
+
+def _imported(checkpoint: Checkpoint, sums: dict[str, _Sums]) -> str:
+    """What became of matrices that had been quantized before."""
+    coded = [name for name in sums if checkpoint.is_coded(name)]
+    carried = [name for name in coded if sums[name].carried]
+    again = len(coded) - len(carried)
+    end = f", {again} were decoded and quantized again: their errors add up" if again else ""
+    return f"the checkpoint holds {checkpoint.imported}: {len(carried)} tensors were carried over bit for bit{end}"
 
 
 def usable_cpus() -> int:
@@ -219,6 +232,8 @@ def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Ite
         return
     row_values = prod(info.shape[1:])
     step = max(TILE_ROWS, PIECE_VALUES // max(1, row_values) // TILE_ROWS * TILE_ROWS)
+    if checkpoint.is_coded(info.name):
+        step = info.shape[0]  # its arrays are read whole anyway
     tensor_scale = None
     if how.spec is not None and how.spec.tensor_scale:
         largest = 0.0
@@ -233,11 +248,15 @@ def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Ite
 
 def _expert_job(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, expert: int) -> _Sums:
     info, how = entry.info, entry.assignment
+    nbytes = prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
+    if how.spec is not None and (carried := checkpoint.encoded(info.name, how.spec, expert)) is not None:
+        writer.put_expert(info.name, expert, carried)
+        return _Sums(nbytes=nbytes, carried=1)
     stored = checkpoint.read(info.name, expert, expert + 1)[0]
     values, largest = _checked(stored, info.name)
-    zero_rows, nbytes = int((largest == 0).sum()), stored.numel() * stored.element_size()
+    zero_rows = int((largest == 0).sum())
     if how.spec is None:
-        writer.put_expert(info.name, expert, Weight.plain(stored))
+        writer.put_expert(info.name, expert, Weight.plain(stored.to(TORCH_DTYPES[info.dtype])))
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     groups = largest.unflatten(0, (info.tensor_scales, -1)).amax(1)
     weight = solve(formats.parse(how.format), values, tensor_scale_of(how.spec, groups))
@@ -255,12 +274,15 @@ def _rows_job(
     tensor_scale: Tensor | None,
 ) -> _Sums:
     info, how = entry.info, entry.assignment
+    nbytes = (stop - start) * prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
+    if how.spec is not None and (carried := checkpoint.encoded(info.name, how.spec)) is not None:
+        writer.put_rows(info.name, start, carried)
+        return _Sums(nbytes=nbytes, carried=1)
     stored = checkpoint.read(info.name, start, stop)
     values, largest = _checked(stored, info.name)
     zero_rows = int((largest == 0).sum()) if stored.dim() == 2 else 0
-    nbytes = stored.numel() * stored.element_size()
     if how.spec is None:
-        writer.put_rows(info.name, start, stored)
+        writer.put_rows(info.name, start, stored.to(TORCH_DTYPES[info.dtype]))
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     weight = solve(formats.parse(how.format), values, tensor_scale)
     writer.put_rows(info.name, start, weight.tiled() if how.spec.tile else weight)

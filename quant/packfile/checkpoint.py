@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwenrun.kernels.spec import BlockSpec
+from qwenrun.kernels.weight import Weight
+from qwenrun.quant import foreign
 from qwenrun.quant.errors import CheckpointError
 from qwenrun.quant.packfile.safetensors import DTYPES, Entry, read_header, read_tensor
 
@@ -36,17 +39,33 @@ class _Place:
     entry: Entry
 
 
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """A matrix that somebody has quantized: its layout, where its arrays are, and its shape."""
+
+    layout: foreign.Layout
+    arrays: dict[str, _Place]
+    shape: tuple[int, int]
+
+
+# Values of decoded matrices are given in float32, and stand for the 16 bits that they were made from.
+_CODED_DTYPE = "BF16"
+
+
 class Checkpoint:
     """An open folder. `tensors`: {canonical name: (shape, dtype)}, in the order of shards and of their data.
 
-    Close it, or use it as a context manager.
+    imported: how its matrices were quantized before, in a word; "" if they were not. Close it, or use it as a context
+    manager.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], places: dict[str, _Place], shards: list[str]) -> None:
         self.folder = folder
-        self.config = config
         self.shards = shards
-        self._places = places
+        self._quantization: dict[str, Any] = config.get("quantization_config") or {}
+        self.config = {key: value for key, value in config.items() if key != "quantization_config"}
+        self._places, self._coded = places, self._find_coded(places)
+        self.imported = ", ".join(sorted({coded.layout.name for coded in self._coded.values()}))
         self._descriptors: dict[str, int] = {}
         self._opening = threading.Lock()  # tensors are read by several threads
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -59,13 +78,8 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder", hint="give the folder that holds config.json")
         config = _read_json(folder / "config.json", "so it is not a model folder")
-        if quantized := config.get("quantization_config"):
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-            raise CheckpointError(
-                f"{folder}: the checkpoint is already quantized ({method or 'by what, it does not say'}),"
-                " which can't be imported yet",
-                hint="quantize from the BF16 checkpoint",
-            )
+        if (quantized := config.get("quantization_config")) and not isinstance(quantized, dict):
+            raise CheckpointError(f"{folder / 'config.json'}: quantization_config is no object")
         if (folder / INDEX).is_file():
             weight_map = _weight_map(folder)
         elif (folder / SINGLE).is_file():
@@ -89,7 +103,8 @@ class Checkpoint:
 
     def _collect(self) -> None:
         split: dict[str, dict[tuple[int, str], str]] = {}
-        for name, place in self._places.items():
+        stored = self._in_order()
+        for name, described in stored.items():
             if found := _PER_EXPERT.fullmatch(name):
                 prefix, number, projection = found.groups()
                 kind = "down_proj" if projection == "down" else "gate_up_proj"
@@ -98,9 +113,9 @@ class Checkpoint:
                 # Stand-in at the place of the first part, so that the order of the files is kept.
                 self.tensors.setdefault(f"{prefix}.{kind}", ((), ""))
             else:
-                self.tensors[name] = (place.entry.shape, place.entry.dtype)
+                self.tensors[name] = described
         for canonical, group in split.items():
-            if canonical in self._places:
+            if canonical in stored:
                 raise CheckpointError(f"{self.folder}: {canonical} is there both fused and one by one")
             projections = ("down",) if canonical.endswith("down_proj") else ("gate", "up")
             count = max(number for number, _ in group) + 1
@@ -113,13 +128,45 @@ class Checkpoint:
                             f"{self.folder}: {prefix}.{number}.{projection}_proj.weight is missing",
                             hint="download the model again",
                         )
-                    entry = self._places[group[number, projection]].entry
-                    shapes.add(entry.shape)
-                    dtypes.add(entry.dtype)
+                    shape_, dtype = stored[group[number, projection]]
+                    shapes.add(shape_)
+                    dtypes.add(dtype)
             if len(shapes) != 1 or len(dtypes) != 1 or len(shape := shapes.pop()) != 2:
                 raise CheckpointError(f"{self.folder}: the experts of {canonical} differ in shape or dtype")
             self._split[canonical] = count
             self.tensors[canonical] = ((count, shape[0] * len(projections), shape[1]), dtypes.pop())
+
+    def _find_coded(self, places: dict[str, _Place]) -> dict[str, _Coded]:
+        """The matrices that are stored as other tools quantize them, by the names of what they stand for."""
+        if not self._quantization:
+            return {}
+        found = {}
+        for name, (layout, arrays) in foreign.find(places, foreign.layouts(self._quantization)).items():
+            there = {part: places[array] for part, array in arrays.items()}
+            for part, types in layout.arrays.items():
+                if there[part].entry.dtype not in types.split():
+                    raise CheckpointError(f"{self.folder}: {arrays[part]} is {there[part].entry.dtype}, not {types}")
+            try:
+                shape = layout.shape({part: place.entry.shape for part, place in there.items()})
+            except (ValueError, IndexError, ZeroDivisionError) as error:
+                shapes = ", ".join(f"{part} {list(place.entry.shape)}" for part, place in there.items())
+                raise CheckpointError(
+                    f"{self.folder}: the arrays of {name} do not fit each other as {layout.name}: {shapes}",
+                    hint="download the model again",
+                ) from error
+            found[name] = _Coded(layout, there, shape)
+        return found
+
+    def _in_order(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of what is stored, in the order of the files; a matrix of several arrays is at its first."""
+        owner = {id(place): name for name, coded in self._coded.items() for place in coded.arrays.values()}
+        described: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name, place in self._places.items():
+            if (matrix := owner.get(id(place))) is not None:
+                described.setdefault(matrix, (self._coded[matrix].shape, _CODED_DTYPE))
+            else:
+                described[name] = (place.entry.shape, place.entry.dtype)
+        return described
 
     def check_dtypes(self) -> None:
         """Raise CheckpointError for tensors that are not BF16, F16 or F32."""
@@ -138,12 +185,38 @@ class Checkpoint:
         return self._read(name, start, stop)
 
     def _expert(self, name: str, expert: int) -> Tensor:
-        prefix, kind = name.rpartition(".")[::2]
-        if kind == "down_proj":
-            return self._read(f"{prefix}.{expert}.down_proj.weight")
-        return torch.cat([self._read(f"{prefix}.{expert}.{half}_proj.weight") for half in ("gate", "up")])
+        return torch.cat([self._read(each) for each in self._names_of(name, expert)])
+
+    def is_coded(self, name: str) -> bool:
+        """Whether a canonical tensor is quantized already, as a whole or its first expert."""
+        return (self._names_of(name) or [name])[0] in self._coded
+
+    def encoded(self, name: str, spec: BlockSpec, expert: int | None = None) -> Weight | None:
+        """The codes that a tensor, or one expert of it, has in the checkpoint, as `spec` stores them; None if that
+        would take rounding. Raises CheckpointError."""
+        names = [name] if expert is None else self._names_of(name, expert) or [name]
+        if any(each not in self._coded for each in names):
+            return None
+        made = []
+        for each in names:
+            coded = self._coded[each]
+            made.append(coded.layout.weight(self._arrays(coded), self._quantization))
+        return foreign.fitting(foreign.joined(made), spec)
+
+    def _arrays(self, coded: _Coded) -> dict[str, Tensor]:
+        return {part: read_tensor(self._descriptor(p.shard), p.entry) for part, p in coded.arrays.items()}
+
+    def _names_of(self, name: str, expert: int = 0) -> list[str]:
+        """The stored matrices that one expert of a canonical tensor is made of; none if it is stored whole."""
+        if name not in self._split:
+            return []
+        prefix, _, kind = name.rpartition(".")
+        halves = ("down",) if kind == "down_proj" else ("gate", "up")
+        return [f"{prefix}.{expert}.{half}_proj.weight" for half in halves]
 
     def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        if (coded := self._coded.get(name)) is not None:
+            return coded.layout.values(self._arrays(coded), self._quantization)[start:stop]
         place = self._places[name]
         if place.entry.dtype not in DTYPES:
             raise CheckpointError(f"{self.folder}: {name} is {place.entry.dtype}; BF16, F16 or F32 is needed")
@@ -160,12 +233,10 @@ class Checkpoint:
 
     def shards_of(self, name: str) -> list[str]:
         """The files a canonical tensor is read from, sorted."""
-        if name not in self._split:
-            return [self._places[name].shard]
-        prefix, _, kind = name.rpartition(".")
-        projections = ("down",) if kind == "down_proj" else ("gate", "up")
-        names = (f"{prefix}.{e}.{p}_proj.weight" for e in range(self._split[name]) for p in projections)
-        return sorted({self._places[each].shard for each in names})
+        experts = range(self._split.get(name, 0))
+        names = [each for expert in experts for each in self._names_of(name, expert)] or [name]
+        places = (self._coded[n].arrays.values() if n in self._coded else [self._places[n]] for n in names)
+        return sorted({place.shard for group in places for place in group})
 
     def in_file_order(self) -> Iterator[str]:
         """Canonical names, shard by shard, in the order of their data."""

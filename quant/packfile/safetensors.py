@@ -26,8 +26,11 @@ DTYPES = {
     "F32": (torch.float32, 4),
     "U8": (torch.uint8, 1),
     "I8": (torch.int8, 1),
+    "I32": (torch.int32, 4),
+    "I64": (torch.int64, 8),
+    "F8_E4M3": (torch.float8_e4m3fn, 1),
 }
-# Also the types we do not compute with, so that a file that holds them is still read and named rightly.
+# Also the types nobody asks for, so that a file that holds them is still read and named rightly.
 _SIZES = {name: width for name, (_, width) in DTYPES.items()}
 _SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
 _SIZES |= {"F64": 8, "I64": 8, "U64": 8}

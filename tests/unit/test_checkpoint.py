@@ -144,14 +144,6 @@ def test_a_missing_expert(tmp_path: Path, checkpoint_maker: Maker) -> None:
         Checkpoint.open(folder)
 
 
-def test_quantized_checkpoints_are_refused_by_name(tmp_path: Path, checkpoint_maker: Maker, tiny_config: dict) -> None:
-    folder = checkpoint_maker(tmp_path / "m", config=tiny_config)
-    for content, why in (({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, "does not say"), (["gptq"], "does not say")):
-        (folder / "config.json").write_text(json.dumps(tiny_config | {"quantization_config": content}))
-        with pytest.raises(CheckpointError, match=rf"already quantized \(.*{why}"):
-            Checkpoint.open(folder)
-
-
 def test_an_experts_number_has_one_spelling(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
