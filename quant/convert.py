@@ -141,12 +141,18 @@ def convert(
     return Report(str(out), recipe.name, rows, input_bytes, pack_bytes, seconds, tuple(notes))
 
 
+# Recipes that have the formats of other tools everywhere.
+RECIPES = {"GPTQ": "int4", "INT4": "int4", "NVFP4": "nvfp4"}
+
+
 def _imported(checkpoint: Checkpoint, sums: dict[str, _Sums]) -> str:
     """What became of matrices that had been quantized before."""
     coded = [name for name in sums if checkpoint.is_coded(name)]
     carried = [name for name in coded if sums[name].carried]
     again = len(coded) - len(carried)
     end = f", {again} were decoded and quantized again: their errors add up" if again else ""
+    if again and checkpoint.imported in RECIPES:
+        end += f" (--recipe {RECIPES[checkpoint.imported]} carries over all it can)"
     return f"the checkpoint holds {checkpoint.imported}: {len(carried)} tensors were carried over bit for bit{end}"
 
 
