@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ FP8_BLOCK = 128
 @dataclass(frozen=True)
 class Layout:
     """A way to store a matrix. arrays: the endings of its arrays' names after `X.` with the types they may have; the
-    first tells the layout. others: may be there too. shape: of the matrix, from the arrays' shapes, ValueError if they
-    do not fit each other. weight: the matrix in our terms, or None if it has no such form. values: f32 [rows, cols]."""
+    first tells the layout. others: the same of those that may be there too. shape: of the matrix, from the arrays'
+    shapes, ValueError if they do not fit each other. weight: the matrix in our terms, or None if it has no such form.
+    values: f32 [rows, cols]."""
 
     name: str
     arrays: Mapping[str, str]
-    others: tuple[str, ...]
+    others: Mapping[str, str]
     shape: Callable[[Mapping[str, tuple[int, ...]]], tuple[int, int]]
     weight: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Weight | None]
     values: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Tensor]
@@ -152,9 +154,11 @@ def _int4_values(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
 
 def _gptq_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     (words, rows), scales, zeros = shapes["qweight"], shapes["scales"], shapes["qzeros"]
-    if scales[1:] != (rows,) or zeros != (scales[0], rows // 8) or (8 * words) % scales[0]:
+    if scales[1:] != (rows,) or rows % 8 or zeros != (scales[0], rows // 8) or (8 * words) % scales[0]:
         raise ValueError
-    return rows, 8 * words
+    if shapes.get("g_idx", (8 * words,)) != (8 * words,):
+        raise ValueError
+    return _some(rows, 8 * words)
 
 
 def _gptq(arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,12 +178,18 @@ def _gptq(arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Tens
     return codes, zeros, scales
 
 
-def _nvfp4_shape(packed: str) -> Callable[[Mapping[str, tuple[int, ...]]], tuple[int, int]]:
+def _some(rows: int, cols: int) -> tuple[int, int]:
+    if not rows or not cols:
+        raise ValueError
+    return rows, cols
+
+
+def _nvfp4_shape(packed: str, whole: str) -> Callable[[Mapping[str, tuple[int, ...]]], tuple[int, int]]:
     def shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, half = shapes[packed]
-        if shapes["weight_scale"] != (rows, half // 8) or half % 8:
+        if shapes["weight_scale"] != (rows, half // 8) or half % 8 or prod(shapes[whole]) != 1:
             raise ValueError
-        return rows, 2 * half
+        return _some(rows, 2 * half)
 
     return shape
 
@@ -210,7 +220,9 @@ def _ct_int4_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     (rows, words), scales = shapes["weight_packed"], shapes["weight_scale"]
     if scales[0] != rows or not scales[1] or (8 * words) % scales[1] or shapes["weight_shape"] != (2,):
         raise ValueError
-    return rows, 8 * words
+    if shapes.get("weight_zero_point", (-(-rows // 8), scales[1])) != (-(-rows // 8), scales[1]):
+        raise ValueError
+    return _some(rows, 8 * words)
 
 
 def _ct_int4(arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +239,7 @@ def _fp8_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     rows, cols = shapes["weight"]
     if shapes["weight_scale_inv"] != (-(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK)):
         raise ValueError
-    return rows, cols
+    return _some(rows, cols)
 
 
 def _fp8(arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
@@ -240,22 +252,23 @@ def _fp8(arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
 
 _FLOAT = "BF16 F16 F32"
 _FP8 = Layout(
-    "FP8", {"weight_scale_inv": _FLOAT, "weight": "F8_E4M3"}, (), _fp8_shape, lambda arrays, config: None, _fp8
+    "FP8", {"weight_scale_inv": _FLOAT, "weight": "F8_E4M3"}, {}, _fp8_shape, lambda arrays, config: None, _fp8
 )
 _GPTQ = Layout(
-    "GPTQ", {"qweight": "I32", "qzeros": "I32", "scales": _FLOAT}, ("g_idx",), _gptq_shape,
+    "GPTQ", {"qweight": "I32", "qzeros": "I32", "scales": _FLOAT}, {"g_idx": "I32 I64"}, _gptq_shape,
     lambda arrays, config: _int4(*_gptq(arrays, config)), lambda arrays, config: _int4_values(*_gptq(arrays, config)),
 )  # fmt: skip
 _MODELOPT = Layout(
-    "NVFP4", {"weight_scale_2": "F32", "weight": "U8", "weight_scale": "F8_E4M3"}, ("input_scale",),
-    _nvfp4_shape("weight"), _modelopt, lambda arrays, config: decode(_modelopt(arrays, config)),
+    "NVFP4", {"weight_scale_2": "F32", "weight": "U8", "weight_scale": "F8_E4M3"}, {"input_scale": _FLOAT},
+    _nvfp4_shape("weight", "weight_scale_2"), _modelopt, lambda arrays, config: decode(_modelopt(arrays, config)),
 )  # fmt: skip
 _CT_NVFP4 = Layout(
-    "NVFP4", {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"}, ("input_global_scale",),
-    _nvfp4_shape("weight_packed"), _ct_nvfp4, lambda arrays, config: decode(_ct_nvfp4(arrays, config)),
+    "NVFP4", {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"},
+    {"input_global_scale": _FLOAT}, _nvfp4_shape("weight_packed", "weight_global_scale"), _ct_nvfp4,
+    lambda arrays, config: decode(_ct_nvfp4(arrays, config)),
 )  # fmt: skip
 _CT_INT4 = Layout(
-    "INT4", {"weight_packed": "I32", "weight_scale": _FLOAT, "weight_shape": "I64 I32"}, ("weight_zero_point",),
+    "INT4", {"weight_packed": "I32", "weight_scale": _FLOAT, "weight_shape": "I64 I32"}, {"weight_zero_point": "I32"},
     _ct_int4_shape,
     lambda arrays, config: _int4(*_ct_int4(arrays, config)),
     lambda arrays, config: _int4_values(*_ct_int4(arrays, config)),

@@ -143,8 +143,8 @@ class Checkpoint:
         found = {}
         for name, (layout, arrays) in foreign.find(places, foreign.layouts(self._quantization)).items():
             there = {part: places[array] for part, array in arrays.items()}
-            for part, types in layout.arrays.items():
-                if there[part].entry.dtype not in types.split():
+            for part, types in {**layout.arrays, **layout.others}.items():
+                if part in there and there[part].entry.dtype not in types.split():
                     raise CheckpointError(f"{self.folder}: {arrays[part]} is {there[part].entry.dtype}, not {types}")
             try:
                 shape = layout.shape({part: place.entry.shape for part, place in there.items()})
