@@ -17,6 +17,7 @@ from torch import Tensor
 from qwenrun.kernels.dispatch import Backend, backends, refusal
 from qwenrun.kernels.ops import OPS, encode
 from qwenrun.kernels.spec import BlockSpec
+from qwenrun.kernels.weight import Weight
 
 INT4 = BlockSpec("int4", 128, "f16")
 NVFP4 = BlockSpec("e2m1", 16, "e4m3", tensor_scale=True)
@@ -71,6 +72,16 @@ class Case:
     def name(self) -> str:
         sizes = "-".join(f"{letter}{size}" for letter, size in self.dims.items())
         return "-".join(filter(None, [self.op, self.storage, sizes, *map(str, self.options.values())]))
+
+
+def on_device(value: Any, device: str) -> Any:
+    """Tensors and weights, in lists too, copied to a device; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, Weight):
+        parts = {name: part.to(device, copy=True) for name, part in value.parts.items()}
+        return Weight.from_parts(value.spec, value.rows, value.cols, parts)
+    return [on_device(one, device) for one in value] if isinstance(value, list) else value
 
 
 # Activations rounded to 8 bits with a scale a block err by 1/254 of the block's largest value at most, by 0.3 to 0.6 %

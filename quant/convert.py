@@ -238,10 +238,11 @@ def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Ite
         return
     row_values = prod(info.shape[1:])
     step = max(TILE_ROWS, PIECE_VALUES // max(1, row_values) // TILE_ROWS * TILE_ROWS)
-    if checkpoint.is_coded(info.name):
-        step = info.shape[0]  # its arrays are read whole anyway
+    coded = checkpoint.is_coded(info.name)
+    if coded:
+        step = info.shape[0]  # its arrays are read whole anyway, and whoever has all rows needs no scale told
     tensor_scale = None
-    if how.spec is not None and how.spec.tensor_scale:
+    if how.spec is not None and how.spec.tensor_scale and not coded:
         largest = 0.0
         for start in range(0, info.shape[0], step):
             piece = checkpoint.read(info.name, start, min(start + step, info.shape[0]))
@@ -290,6 +291,8 @@ def _rows_job(
     if how.spec is None:
         writer.put_rows(info.name, start, stored.to(TORCH_DTYPES[info.dtype]))
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
+    if how.spec.tensor_scale and tensor_scale is None:
+        tensor_scale = tensor_scale_of(how.spec, largest.max()[None])
     weight = solve(formats.parse(how.format), values, tensor_scale)
     writer.put_rows(info.name, start, weight.tiled() if how.spec.tile else weight)
     signal, noise, stored_zero_rows = squared_error(values, weight)

@@ -31,15 +31,16 @@ FP8_BLOCK = 128
 class Layout:
     """A way to store a matrix. arrays: the endings of its arrays' names after `X.` with the types they may have; the
     first tells the layout. others: the same of those that may be there too. shape: of the matrix, from the arrays'
-    shapes, ValueError if they do not fit each other. weight: the matrix in our terms, or None if it has no such form.
-    values: f32 [rows, cols]."""
+    shapes, ValueError if they do not fit each other. values: f32 [rows, cols]. codes: those of ours that it may have,
+    if any; weight: the matrix with them, or None if its blocks or scales do not fit."""
 
     name: str
     arrays: Mapping[str, str]
     others: Mapping[str, str]
     shape: Callable[[Mapping[str, tuple[int, ...]]], tuple[int, int]]
-    weight: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Weight | None]
     values: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Tensor]
+    codes: str = ""
+    weight: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Weight | None] = lambda arrays, config: None
 
 
 def layouts(config: Mapping[str, Any]) -> tuple[Layout, ...]:
@@ -251,25 +252,24 @@ def _fp8(arrays: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
 
 
 _FLOAT = "BF16 F16 F32"
-_FP8 = Layout(
-    "FP8", {"weight_scale_inv": _FLOAT, "weight": "F8_E4M3"}, {}, _fp8_shape, lambda arrays, config: None, _fp8
-)
+_FP8 = Layout("FP8", {"weight_scale_inv": _FLOAT, "weight": "F8_E4M3"}, {}, _fp8_shape, _fp8)
 _GPTQ = Layout(
     "GPTQ", {"qweight": "I32", "qzeros": "I32", "scales": _FLOAT}, {"g_idx": "I32 I64"}, _gptq_shape,
-    lambda arrays, config: _int4(*_gptq(arrays, config)), lambda arrays, config: _int4_values(*_gptq(arrays, config)),
+    lambda arrays, config: _int4_values(*_gptq(arrays, config)),
+    "int4", lambda arrays, config: _int4(*_gptq(arrays, config)),
 )  # fmt: skip
 _MODELOPT = Layout(
     "NVFP4", {"weight_scale_2": "F32", "weight": "U8", "weight_scale": "F8_E4M3"}, {"input_scale": _FLOAT},
-    _nvfp4_shape("weight", "weight_scale_2"), _modelopt, lambda arrays, config: decode(_modelopt(arrays, config)),
+    _nvfp4_shape("weight", "weight_scale_2"), lambda arrays, config: decode(_modelopt(arrays, config)),
+    "e2m1", _modelopt,
 )  # fmt: skip
 _CT_NVFP4 = Layout(
     "NVFP4", {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"},
-    {"input_global_scale": _FLOAT}, _nvfp4_shape("weight_packed", "weight_global_scale"), _ct_nvfp4,
-    lambda arrays, config: decode(_ct_nvfp4(arrays, config)),
+    {"input_global_scale": _FLOAT}, _nvfp4_shape("weight_packed", "weight_global_scale"),
+    lambda arrays, config: decode(_ct_nvfp4(arrays, config)), "e2m1", _ct_nvfp4,
 )  # fmt: skip
 _CT_INT4 = Layout(
     "INT4", {"weight_packed": "I32", "weight_scale": _FLOAT, "weight_shape": "I64 I32"}, {"weight_zero_point": "I32"},
-    _ct_int4_shape,
-    lambda arrays, config: _int4(*_ct_int4(arrays, config)),
-    lambda arrays, config: _int4_values(*_ct_int4(arrays, config)),
+    _ct_int4_shape, lambda arrays, config: _int4_values(*_ct_int4(arrays, config)),
+    "int4", lambda arrays, config: _int4(*_ct_int4(arrays, config)),
 )  # fmt: skip

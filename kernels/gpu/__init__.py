@@ -81,14 +81,12 @@ def experts(
     distinct: int = 0,
 ) -> Tensor:
     """See `qwenrun.kernels.ops.experts`. Those of many tokens that are not tiled are the reference's."""
-    if not gate_up.spec.tile or not down.spec.tile:
-        few = index.numel() <= _launch().FEW_PAIRS and not any(
-            _refuses("linear", w.spec) or w.spec.tile for w in (gate_up, down)
-        )
-        if few:
-            return _launch().few_plain(x, gate_up, down, index, weight, base).to(x.dtype)
-        return ref.experts(x, gate_up, down, index, weight, base)
-    return _launch().experts(x, gate_up, down, index, weight, base, distinct).to(x.dtype)
+    launch, specs = _launch(), (gate_up.spec, down.spec)
+    if all(spec.tile for spec in specs):
+        return launch.experts(x, gate_up, down, index, weight, base, distinct).to(x.dtype)
+    if index.numel() <= launch.FEW_PAIRS and not any(spec.tile or _refuses("experts", spec) for spec in specs):
+        return launch.few_plain(x, gate_up, down, index, weight, base).to(x.dtype)
+    return ref.experts(x, gate_up, down, index, weight, base)
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6, zero_centred: bool = True) -> Tensor:

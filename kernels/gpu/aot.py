@@ -83,21 +83,22 @@ def variants() -> Iterator[Variant]:
         scales = "*fp32" if constants["TENSOR"] else "*i32"
         weights = (*parts, scales)
         rounded, made = ("*i32", "*fp32"), ("*i8", "*fp32")
-        constants |= {"ASSEMBLY": True, "STEPS": launch.STEPS}
+        constants["ASSEMBLY"] = True
+        stepped = {**constants, "STEPS": launch.STEPS}
         yield Variant(
             f"gemv_tiled {form}", "matmul.gemv_tiled", (*rounded, *weights, "*fp32", "i32", "i32", "i32"),
-            {**constants, "ROWS": launch.ROWS}, warps=launch.WARPS,
+            {**stepped, "ROWS": launch.ROWS}, warps=launch.WARPS,
         )  # fmt: skip
         kind = constants["KIND"]
         for to, written in ((kind, made), (-1, ("*fp32", "*fp32"))):
             yield Variant(
                 f"swiglu_tiled {form}{' plain' if to == -1 else ''}", "moe.swiglu_tiled",
-                (*rounded, *weights, *weights, *written, "i32", "i32"), {**constants, "FOR": to}, warps=launch.WARPS,
+                (*rounded, *weights, *weights, *written, "i32", "i32"), {**stepped, "FOR": to}, warps=launch.WARPS,
             )  # fmt: skip
         strides = ("i32",) * 4
         yield Variant(
             f"experts gate_up {form}", "moe.gate_up_tiled",
-            (*rounded, "*i64", *weights, *made, "i32", "i32", *strides), {"K_CHOSEN": 8, **constants, "FOR": kind},
+            (*rounded, "*i64", *weights, *made, "i32", "i32", *strides), {"K_CHOSEN": 8, **stepped, "FOR": kind},
             warps=launch.WARPS,
         )  # fmt: skip
         yield Variant(
@@ -106,13 +107,12 @@ def variants() -> Iterator[Variant]:
             {"K_CHOSEN": 8, "HAS_BASE": True, **constants, "STEPS": launch.down_steps(spec), "ROWS": launch.DOWN_ROWS},
             warps=launch.DOWN_WARPS,
         )  # fmt: skip
-        del constants["ASSEMBLY"], constants["STEPS"]
         for tile, targets in _tiles(spec):
             yield Variant(
                 f"gemm_tiled {form} {tile.rows}x{tile.cols} w{tile.warps}",
                 "matmul.gemm_tiled",
                 ("*bf16", *weights, "*fp32", *["*i64"] * 5, "i32", "i32", "i32", *strides),
-                {**constants, "ASSEMBLY": True, "BM": tile.rows, "BN": tile.cols},
+                {**constants, "BM": tile.rows, "BN": tile.cols},
                 cores=BF16_CORES,
                 warps=tile.warps,
                 stages=tile.stages,

@@ -89,51 +89,51 @@ def dot_plainly(word, a_high, b_high, a_low, b_low, KIND: tl.constexpr):
         return tl.sum(low * first + high * second, 2)
 
 
+# Bytes of the codes, in two words, to be multiplied with the activations' high bytes, then with their low ones.
+_DOT = """
+    dp4a.s32.s32 sum, first, $2, 0;
+    dp4a.s32.s32 sum, second, $3, sum;
+    shl.b32 sum, sum, 8;
+    dp4a.s32.s32 sum, first, $4, sum;
+    dp4a.s32.s32 $0, second, $5, sum;
+    }"""
+# 16 (code - 8): a code in the upper four bits, its top bit turned. 0x6A is (a & b) ^ c.
+DOT_INT4 = tl.constexpr(
+    """{
+    .reg .b32 first, second, sum;
+    shl.b32 first, $1, 4;
+    lop3.b32 first, first, 0xF0F0F0F0, 0x80808080, 0x6A;
+    lop3.b32 second, $1, 0xF0F0F0F0, 0x80808080, 0x6A;"""
+    + _DOT
+)
+# Looked up, those of positive and of negative numbers; bit 3 of a code says which.
+DOT_E2M1 = tl.constexpr(
+    """{
+    .reg .b32 at, pick, plus, minus, first, second, sum;
+    and.b32 at, $1, 0x77777777;
+    shr.u32 pick, $1, 1;
+    lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
+    prmt.b32 plus, 0x03020100, 0x0C080604, at;
+    prmt.b32 minus, 0xFDFEFF00, 0xF4F8FAFC, at;
+    prmt.b32 first, plus, minus, pick;
+    shr.u32 at, at, 16;
+    shr.u32 pick, pick, 16;
+    prmt.b32 plus, 0x03020100, 0x0C080604, at;
+    prmt.b32 minus, 0xFDFEFF00, 0xF4F8FAFC, at;
+    prmt.b32 second, plus, minus, pick;"""
+    + _DOT
+)
+
+
 @triton.jit
 def dot8(word, a_high, b_high, a_low, b_low, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
     """int32: the codes of a word times eight activations, as `rounded` gives them: 16 (code - 8) times an activation
     for int4 (0), 2 times an E2M1 number times it (2). All are broadcast."""
     if ASSEMBLY:
-        if KIND == 0:
-            # Bytes of 16 (code - 8): a code in the upper four bits, its top bit turned. 0x6A is (a & b) ^ c.
-            return tl.inline_asm_elementwise(
-                """{
-                .reg .b32 low, high, sum;
-                shl.b32 low, $1, 4;
-                lop3.b32 low, low, 0xF0F0F0F0, 0x80808080, 0x6A;
-                lop3.b32 high, $1, 0xF0F0F0F0, 0x80808080, 0x6A;
-                dp4a.s32.s32 sum, low, $2, 0;
-                dp4a.s32.s32 sum, high, $3, sum;
-                shl.b32 sum, sum, 8;
-                dp4a.s32.s32 sum, low, $4, sum;
-                dp4a.s32.s32 $0, high, $5, sum;
-                }""",
-                "=r,r,r,r,r,r", [word, a_high, b_high, a_low, b_low], dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            # Bytes looked up, those of positive and of negative numbers; bit 3 of a code says which.
-            return tl.inline_asm_elementwise(
-                """{
-                .reg .b32 at, pick, plus, minus, first, second, sum;
-                and.b32 at, $1, 0x77777777;
-                shr.u32 pick, $1, 1;
-                lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
-                prmt.b32 plus, 0x03020100, 0x0C080604, at;
-                prmt.b32 minus, 0xFDFEFF00, 0xF4F8FAFC, at;
-                prmt.b32 first, plus, minus, pick;
-                shr.u32 at, at, 16;
-                shr.u32 pick, pick, 16;
-                prmt.b32 plus, 0x03020100, 0x0C080604, at;
-                prmt.b32 minus, 0xFDFEFF00, 0xF4F8FAFC, at;
-                prmt.b32 second, plus, minus, pick;
-                dp4a.s32.s32 sum, first, $2, 0;
-                dp4a.s32.s32 sum, second, $3, sum;
-                shl.b32 sum, sum, 8;
-                dp4a.s32.s32 sum, first, $4, sum;
-                dp4a.s32.s32 $0, second, $5, sum;
-                }""",
-                "=r,r,r,r,r,r", [word, a_high, b_high, a_low, b_low], dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            DOT_INT4 if KIND == 0 else DOT_E2M1, "=r,r,r,r,r,r", [word, a_high, b_high, a_low, b_low],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
         return dot_plainly(word, a_high, b_high, a_low, b_low, KIND)
 

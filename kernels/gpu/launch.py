@@ -249,12 +249,11 @@ def product(x: Tensor, w: Weight) -> Tensor:
     if w.spec.tile:
         return _many_rows(x, w)
     out = torch.empty(tokens, w.rows, dtype=torch.float32, device=x.device)
-    scaled = w.scales is not None
-    scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
+    scales, scaled, block, _ = _plain(w)
     tile = tiles.choose(tokens, w.spec, _capability(x.device))
     grid = (-(-tokens // tile.rows), -(-w.rows // tile.cols))
     matmul.gemm_plain[grid](
-        x.to(OPERAND).contiguous(), w.codes, scales, out, tokens, w.rows, w.cols, w.spec.block or w.cols, scaled,
+        x.to(OPERAND).contiguous(), w.codes, scales, out, tokens, w.rows, w.cols, block, scaled,
         tile.rows, tile.cols, plain_columns(w.spec.block), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -274,6 +273,13 @@ def exact_product(x: Tensor, w: Weight) -> Tensor:
 def plain_columns(block: int) -> int:
     """Columns that a step of `matmul.gemm_plain` has, of rows with scales for `block` columns (0: with none)."""
     return min(128, block) if block else 64
+
+
+def _plain(w: Weight) -> tuple[Tensor, bool, int, int]:
+    """Of a matrix or stack whose rows lie side by side: scales (for what has none, the codes), whether there are any,
+    columns that have one, and columns that a thread reads at once."""
+    scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
+    return scales, w.scales is not None, w.spec.block or w.cols, PLAIN_RUN // w.codes.element_size()
 
 
 def plain_shape(rows: int, scaled: bool) -> tuple[int, int]:
@@ -298,10 +304,9 @@ def row_product(x: Row, w: Weight, onto: tuple[Tensor, Tensor] | None = None) ->
             STEPS=STEPS, ROWS=ROWS, num_warps=WARPS,
         )  # fmt: skip
     else:
-        scaled, run, shares = w.scales is not None, PLAIN_RUN // w.codes.element_size(), 1
-        scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
+        shares, (scales, scaled, block, run) = 1, _plain(w)
         parts = out if onto is None else torch.empty_like(out)
-        given = (x.plain, w.codes, scales, parts, w.rows, w.cols, w.spec.block or w.cols, scaled)
+        given = (x.plain, w.codes, scales, parts, w.rows, w.cols, block, scaled)
         rows, warps = plain_shape(w.rows, scaled)
         matmul.gemv_plain[(-(-w.rows // rows),)](*given, rows, PLAIN_COLS, run, num_warps=warps)
     if parts is not out:
@@ -419,12 +424,11 @@ def few_plain(x: Tensor, gate_up: Weight, down: Weight, index: Tensor, weight: T
 
 def _pairs(x: Tensor, index: Tensor, w: Weight, shared: int) -> Tensor:
     out = torch.empty(index.numel(), w.rows, dtype=torch.float32, device=x.device)
-    scaled, run = w.scales is not None, PLAIN_RUN // w.codes.element_size()
-    scales = w.codes if w.scales is None else w.scales.view(torch.uint16)
+    scales, scaled, block, run = _plain(w)
     rows, warps = plain_shape(w.rows, scaled)
     matmul.gemv_plain_pairs[(-(-w.rows // rows), index.numel())](
         x, index, w.codes, scales, out, w.rows, w.cols, shared, w.codes.stride(0), scales.stride(0),
-        w.spec.block or w.cols, scaled, rows, PLAIN_COLS, run, num_warps=warps,
+        block, scaled, rows, PLAIN_COLS, run, num_warps=warps,
     )  # fmt: skip
     return out
 

@@ -15,16 +15,11 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from qwenrun.kernels import gpu
 from qwenrun.kernels.gpu.steps import Step, decode_steps, prompt_steps, tensors
-from qwenrun.kernels.ops import FACTORIES
-from qwenrun.kernels.weight import Weight
 
 # Bytes of arguments that are gone through before one is used again: no L2 has as many.
 AROUND = 512 << 20
@@ -50,15 +45,6 @@ def read_bandwidth() -> float:
     return buffer.nbytes / min(_events(buffer.sum, 1) for _ in range(RUNS))
 
 
-def _to(value: Any) -> Any:
-    """A copy on the card."""
-    if isinstance(value, Tensor):
-        return value.to("cuda", copy=True)
-    if isinstance(value, Weight):
-        return Weight.from_parts(value.spec, value.rows, value.cols, {n: _to(p) for n, p in value.parts.items()})
-    return [_to(one) for one in value] if isinstance(value, list) else value
-
-
 def _events(work: Callable[[], object], times: int) -> float:
     """Seconds of one of `times` calls."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -70,17 +56,10 @@ def _events(work: Callable[[], object], times: int) -> float:
     return begin.elapsed_time(end) / 1e3 / times
 
 
-def work_of(step: Step) -> Callable[[], Any]:
-    """The op on a copy of its arguments on the card, bound as the engine binds it."""
-    own, kernel = FACTORIES.get(step.op, 0), getattr(gpu, step.op)
-    given = [_to(one) for one in step.arguments]
-    return partial(kernel(*given[:own]), *given[own:]) if own else partial(kernel, *given)
-
-
 def seconds(step: Step, graph: bool) -> float:
     """The median time of one call."""
     whole = sum(t.nbytes for t in tensors(step.arguments))
-    copies = [work_of(step) for _ in range(min(64, max(2, -(-AROUND // whole))))]
+    copies = [step.bound(gpu, "cuda") for _ in range(min(64, max(2, -(-AROUND // whole))))]
 
     def all_() -> None:
         for work in copies:

@@ -6,8 +6,10 @@ Every row of a matrix comes again and again, which neither bytes nor speed depen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from qwenrun.kernels import ref
-from qwenrun.kernels.cases import SPECS
+from qwenrun.kernels.cases import SPECS, on_device
+from qwenrun.kernels.ops import FACTORIES
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
@@ -35,6 +38,12 @@ class Step:
     arguments: tuple[Any, ...]
     minimum: int
     flops: int = 0
+
+    def bound(self, backend: ModuleType, device: str = "") -> Callable[[], Any]:
+        """The backend's op as the engine binds it, on its arguments, or on a copy of them on a device."""
+        own, kernel = FACTORIES.get(self.op, 0), getattr(backend, self.op)
+        given = [on_device(one, device) for one in self.arguments] if device else self.arguments
+        return partial(kernel(*given[:own]), *given[own:]) if own else partial(kernel, *given)
 
 
 def tensors(values: Any) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 
 from qwenrun.kernels import gpu
 from qwenrun.kernels.gpu.steps import Step, decode_steps, tensors
-from qwenrun.kernels.ops import FACTORIES
 
 SECTOR = 32
 BOUND = 1.05
@@ -140,14 +139,11 @@ def _metered(meter: _Meter) -> Iterator[None]:
 
 def measure(step: Step) -> Moved:
     """Do the step once, uncounted, and once more."""
-    own = FACTORIES.get(step.op, 0)
-    kernel: Callable[..., Any] = getattr(gpu, step.op)
-    work = kernel(*step.arguments[:own]) if own else kernel
-    given = step.arguments[own:]
-    work(*given)
+    work = step.bound(gpu)
+    work()
     meter = _Meter()
     with _metered(meter):
-        made = work(*given)
+        made = work()
     # Sorted runs of sectors of what was there before or is there after.
     lasting = [t.untyped_storage() for t in tensors((step.arguments, made))]
     spans = sorted({(s.data_ptr() // SECTOR, (s.data_ptr() + s.nbytes() - 1) // SECTOR) for s in lasting})

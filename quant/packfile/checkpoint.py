@@ -195,12 +195,10 @@ class Checkpoint:
         """The codes that a tensor, or one expert of it, has in the checkpoint, as `spec` stores them; None if that
         would take rounding. Raises CheckpointError."""
         names = [name] if expert is None else self._names_of(name, expert) or [name]
-        if any(each not in self._coded for each in names):
+        parts = [self._coded[each] for each in names if each in self._coded]
+        if len(parts) < len(names) or any(part.layout.codes != spec.codes for part in parts):
             return None
-        made = []
-        for each in names:
-            coded = self._coded[each]
-            made.append(coded.layout.weight(self._arrays(coded), self._quantization))
+        made = [part.layout.weight(self._arrays(part), self._quantization) for part in parts]
         return foreign.fitting(foreign.joined(made), spec)
 
     def _arrays(self, coded: _Coded) -> dict[str, Tensor]:

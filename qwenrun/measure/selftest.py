@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwenrun.demo import data_dir, model_dir
 from qwenrun.errors import UsageError
-from qwenrun.kernels.cases import FLOAT32, SPECS, Case, cases, inputs
+from qwenrun.kernels.cases import FLOAT32, SPECS, Case, cases, inputs, on_device
 from qwenrun.kernels.dispatch import FALLBACK, backends, explain, pick
 from qwenrun.kernels.ops import FACTORIES, encode
 from qwenrun.kernels.weight import Weight
@@ -138,16 +138,6 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _to(value: Any, device: str) -> Any:
-    """Tensors and weights, in lists too, copied to a device; all else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    if isinstance(value, Weight):
-        parts = {name: part.to(device, copy=True) for name, part in value.parts.items()}
-        return Weight.from_parts(value.spec, value.rows, value.cols, parts)
-    return [_to(one, device) for one in value] if isinstance(value, list) else value
-
-
 def _results(kernel: Callable[..., Any], case: Case, arguments: list[Any]) -> Iterator[Tensor]:
     """What the op gives, then its tensor arguments, among which are the states it has changed."""
     own = FACTORIES.get(case.op)
@@ -165,9 +155,9 @@ def _checked(case: Case, device: str) -> Checked:
     if backend.devices == ("cuda",) and case.op in OPERANDS:
         bound = max(bound, OPERANDS_BOUND)
     given = list(inputs(case, torch.Generator().manual_seed(1)))
-    wanted = [t.double() for t in _results(getattr(backends()[FALLBACK], case.op), case, _to(given, "cpu"))]
+    wanted = [t.double() for t in _results(getattr(backends()[FALLBACK], case.op), case, on_device(given, "cpu"))]
     try:
-        found = [t.double().cpu() for t in _results(kernel, case, _to(given, device))]
+        found = [t.double().cpu() for t in _results(kernel, case, on_device(given, device))]
     except Exception as error:  # whatever a driver or compiler raises is what this is to tell
         return Checked(case.name, backend.name, float("nan"), bound, _said(error))
     errors = [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(found, wanted, strict=True)]
