@@ -1,12 +1,14 @@
 """A checkpoint in, a pack out: tensor by tensor in the order of the files, in pieces of bounded size.
 
 Peak memory is a few pieces of at most 32 MiB of weights (or one expert) for each thread, whatever the model's
-size. The result depends on the checkpoint and the recipe alone. Knows the names and shapes it was told, no
-model graph.
+size. The result depends on the checkpoint and the recipe alone, also when a stopped run is gone on with. Knows the
+names and shapes it was told, no model graph.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import threading
@@ -14,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,7 +28,7 @@ from qwenrun.kernels.spec import TILE_ROWS
 from qwenrun.kernels.weight import TORCH_DTYPES, Weight
 from qwenrun.quant import formats
 from qwenrun.quant.errors import CheckpointError
-from qwenrun.quant.packfile.checkpoint import Checkpoint, contained
+from qwenrun.quant.packfile.checkpoint import INDEX, Checkpoint, contained
 from qwenrun.quant.packfile.layout import SIDE_FILES, Manifest, TensorEntry
 from qwenrun.quant.packfile.writer import PackWriter, file_sha256
 from qwenrun.quant.recipe import DTYPE_BYTES, KEEP, Recipe, TensorInfo, stored_bytes
@@ -76,8 +78,8 @@ def convert(
 
     tool: name and version that the manifest records. notes: sentences for the manifest and the report.
     threads: by default as many as this process may use. force: replace an existing pack.
-    Raises CheckpointError (NaN, infinity, files that changed), RecipeError, StorageError; then nothing is left
-    behind.
+    Raises CheckpointError (NaN, infinity, files that changed) and RecipeError, which leave nothing behind, and
+    StorageError. After that, or a kill, the same call goes on with what was written (see `PackWriter`).
     """
     started = time.perf_counter()
     checkpoint.check_dtypes()
@@ -102,7 +104,9 @@ def convert(
             if progress:
                 progress(done, input_bytes, name)
 
-    with PackWriter(out, entries, force) as writer:
+    supply = checkpoint.supply
+    making = _making(checkpoint, recipe, entries, tool)
+    with PackWriter(out, entries, force, making, supply.room) as writer:
         sums, hashes = _run(checkpoint, writer, [entries[info.name] for info in order], threads, advance)
         if checkpoint.imported:
             notes = (*notes, _imported(checkpoint, sums))
@@ -141,6 +145,14 @@ def convert(
     return Report(str(out), recipe.name, rows, input_bytes, pack_bytes, seconds, tuple(notes))
 
 
+def _making(checkpoint: Checkpoint, recipe: Recipe, entries: dict[str, TensorEntry], tool: str) -> str:
+    """A hash of all that the pack's bytes and its pieces follow from."""
+    files = [checkpoint.supply.identity(name) for name in checkpoint.shards]
+    tensors = [[name, entry.info.shape, entry.info.dtype, entry.assignment.format] for name, entry in entries.items()]
+    said = [tool, PIECE_VALUES, checkpoint.config, recipe.to_json(), files, tensors]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 # Recipes that have the formats of other tools everywhere.
 RECIPES = {"GPTQ": "int4", "INT4": "int4", "NVFP4": "nvfp4"}
 
@@ -176,20 +188,42 @@ def _run(
 ) -> tuple[dict[str, _Sums], dict[str, str]]:
     """Every piece is read, solved and written by one of `threads` threads, begun at most two pieces ahead.
 
-    Returns the sums by tensor, and the sha256 of every file the tensors are in. A file is hashed when its first
-    tensor's turn comes: its tensors then come from the page cache, and the disk is read once.
+    Returns the sums by tensor, and the sha256 of every file the tensors are in. A file of a folder is hashed when its
+    first tensor's turn comes: its tensors then come from the page cache, and the disk is read once. A file that the
+    supply brings is given back when its last tensor is written.
     """
+    supply = checkpoint.supply
     sums = {entry.info.name: _Sums() for entry in entries}
     hashes: dict[str, Future[str]] = {}
-    waiting: deque[tuple[str, Future[_Sums]]] = deque()
+    # (piece, tensor, its sums); the tensor's last piece is followed by the files that nobody else needs.
+    waiting: deque[tuple[str, str, Future[_Sums]] | list[str]] = deque()
     stop = threading.Event()
+    number = {shard: place for place, shard in enumerate(checkpoint.shards)}
+    needs = {entry.info.name: checkpoint.shards_of(entry.info.name) for entry in entries}
+    # A tensor's turn comes when its last file is there: so few files have to be there at a time.
+    entries = sorted(entries, key=lambda entry: max(number[shard] for shard in needs[entry.info.name]))
+    last_user = {shard: entry.info.name for entry in entries for shard in needs[entry.info.name]}
 
     def collect() -> None:
-        name, future = waiting.popleft()
+        item = waiting.popleft()
+        if isinstance(item, list):
+            writer.commit()
+            for shard in item:
+                checkpoint.forget(shard)
+                supply.release(shard)
+            return
+        key, name, future = item
         piece = future.result()
+        if key not in writer.pieces:
+            writer.wrote(key, asdict(piece))
         # Added in the order of the pieces, so that the sums do not depend on which thread was first.
         sums[name].add(piece)
         advance(piece.nbytes, name)
+
+    def sha256_of(shard: str) -> str:
+        if (known := supply.known(shard)) is not None:
+            return known[0]
+        return _source_sha256(checkpoint.folder / shard, stop)
 
     # Each piece is computed by one thread: that scales better than several threads in every small step.
     torch_threads = torch.get_num_threads()
@@ -197,14 +231,26 @@ def _run(
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
             try:
+                left = [e for e in entries if any(key not in writer.pieces for key, _, _ in _pieces(checkpoint, e))]
+                wanted = {shard for entry in left for shard in needs[entry.info.name]}
+                supply.begin([shard for shard in checkpoint.shards if shard in wanted])
+                unfinished = {entry.info.name for entry in left}
                 for entry in entries:
-                    for shard in checkpoint.shards_of(entry.info.name):
+                    name = entry.info.name
+                    while name in unfinished and not supply.is_ready(needs[name]):
+                        if waiting:
+                            collect()
+                        else:
+                            supply.wait()
+                    for shard in needs[name]:
                         if shard not in hashes:
-                            hashes[shard] = pool.submit(_source_sha256, checkpoint.folder / shard, stop)
-                    for job in _jobs(checkpoint, writer, entry):
-                        waiting.append((entry.info.name, pool.submit(job)))
+                            hashes[shard] = pool.submit(sha256_of, shard)
+                    for key, job in _jobs(checkpoint, writer, entry):
+                        waiting.append((key, name, pool.submit(job)))
                         while len(waiting) > 2 * threads:
                             collect()
+                    if ended := [shard for shard in needs[name] if last_user[shard] == name and shard in wanted]:
+                        waiting.append(ended)
                 while waiting:
                     collect()
                 return sums, {shard: future.result() for shard, future in hashes.items()}
@@ -213,6 +259,7 @@ def _run(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
+        supply.close()
         torch.set_num_threads(torch_threads)
 
 
@@ -229,28 +276,36 @@ def _source_sha256(path: Path, stop: threading.Event) -> str:
         raise CheckpointError(f"{path} can't be read any more: {error.strerror}") from error
 
 
-def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Iterator[Callable[[], _Sums]]:
-    """The pieces of one tensor: each job reads, checks, encodes and writes one."""
-    info, how = entry.info, entry.assignment
+def _pieces(checkpoint: Checkpoint, entry: TensorEntry) -> list[tuple[str, int, int]]:
+    """The pieces of one tensor: (name in the journal, first row or expert, the one after the last)."""
+    info = entry.info
     if info.is_experts:
-        for expert in range(info.shape[0]):
-            yield partial(_expert_job, checkpoint, writer, entry, expert)
-        return
-    row_values = prod(info.shape[1:])
-    step = max(TILE_ROWS, PIECE_VALUES // max(1, row_values) // TILE_ROWS * TILE_ROWS)
-    coded = checkpoint.is_coded(info.name)
-    if coded:
+        return [(f"{info.name}:{expert}", expert, expert + 1) for expert in range(info.shape[0])]
+    step = max(TILE_ROWS, PIECE_VALUES // max(1, prod(info.shape[1:])) // TILE_ROWS * TILE_ROWS)
+    if checkpoint.is_coded(info.name):
         step = info.shape[0]  # its arrays are read whole anyway, and whoever has all rows needs no scale told
+    return [(f"{info.name}:{at}", at, min(at + step, info.shape[0])) for at in range(0, info.shape[0], step)]
+
+
+def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Iterator[tuple[str, Callable[[], _Sums]]]:
+    """The pieces of one tensor by name: each job reads, checks, encodes and writes one, or knows that it is written."""
+    info, how = entry.info, entry.assignment
+    pieces = _pieces(checkpoint, entry)
+    known = {key: writer.pieces[key] for key, _, _ in pieces if key in writer.pieces}
     tensor_scale = None
-    if how.spec is not None and how.spec.tensor_scale and not coded:
+    scaled = how.spec is not None and how.spec.tensor_scale and not info.is_experts
+    if how.spec is not None and scaled and not checkpoint.is_coded(info.name) and len(known) < len(pieces):
         largest = 0.0
-        for start in range(0, info.shape[0], step):
-            piece = checkpoint.read(info.name, start, min(start + step, info.shape[0]))
-            largest = max(largest, _checked(piece, info.name)[1].max().item())
+        for _, start, stop in pieces:
+            largest = max(largest, _checked(checkpoint.read(info.name, start, stop), info.name)[1].max().item())
         tensor_scale = tensor_scale_of(how.spec, torch.tensor([largest]))
-    for start in range(0, info.shape[0], step):
-        stop = min(start + step, info.shape[0])
-        yield partial(_rows_job, checkpoint, writer, entry, start, stop, tensor_scale)
+    for key, start, stop in pieces:
+        if key in known:
+            yield key, partial(_Sums, **known[key])
+        elif info.is_experts:
+            yield key, partial(_expert_job, checkpoint, writer, entry, start)
+        else:
+            yield key, partial(_rows_job, checkpoint, writer, entry, start, stop, tensor_scale)
 
 
 def _expert_job(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, expert: int) -> _Sums:
@@ -316,18 +371,19 @@ def _checked(stored: Tensor, name: str) -> tuple[Tensor, Tensor]:
 def _source(checkpoint: Checkpoint, hashes: dict[str, str]) -> dict[str, object]:
     """Where the weights came from: the folder's name (or the hub cache's repository and revision), and the size
     and sha256 of every file that was read."""
-    folder = checkpoint.folder.resolve()
+    folder, supply = checkpoint.folder.resolve(), checkpoint.supply
     source: dict[str, object] = {"name": folder.name}
     cache = re.fullmatch(r"models--(.+?)--(.+)", folder.parent.parent.name)
     if cache and folder.parent.name == "snapshots":
         source = {"repo": f"{cache.group(1)}/{cache.group(2)}", "revision": folder.name}
-    names = ["config.json", *checkpoint.shards]
+    source = supply.origin() or source
     never = threading.Event()
-    source["files"] = {
-        name: {
-            "sha256": hashes.get(name) or _source_sha256(folder / name, never),
-            "bytes": (folder / name).stat().st_size,
-        }
-        for name in names
-    }
+    files = {}
+    for name in ["config.json", INDEX, *checkpoint.shards, *SIDE_FILES]:
+        if (known := supply.known(name)) is not None:
+            files[name] = {"sha256": known[0], "bytes": known[1]}
+        elif (folder / name).is_file():
+            digest = hashes.get(name) or _source_sha256(folder / name, never)
+            files[name] = {"sha256": digest, "bytes": (folder / name).stat().st_size}
+    source["files"] = files
     return source

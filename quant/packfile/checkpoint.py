@@ -11,7 +11,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,44 @@ class _Coded:
 _CODED_DTYPE = "BF16"
 
 
+class Supply:
+    """Where the files of weights come from while they are read. Those of a folder are there; a hub's come one by one,
+    and go when they have been used. Calls come from one thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.room = 0  # bytes of disk that it takes, beside the pack's, where the pack is made
+
+    def identity(self, name: str) -> list[object]:
+        """What tells whether a file is the same as when a stopped run read it."""
+        there = (self.folder / name).stat()
+        return [name, there.st_size, there.st_mtime_ns]
+
+    def known(self, name: str) -> tuple[str, int] | None:
+        """A file's sha256 and bytes, where they are known and checked before it is read."""
+        return None
+
+    def origin(self) -> dict[str, object]:
+        """The repository and revision, if it is not the folder's name that tells them."""
+        return {}
+
+    def begin(self, order: Sequence[str]) -> None:
+        """These files will be asked for, in this order."""
+
+    def is_ready(self, names: Sequence[str]) -> bool:
+        """Whether all of them can be read now; if not, they are on their way. Raises what went wrong with them."""
+        return True
+
+    def wait(self) -> None:
+        """Until something changes."""
+
+    def release(self, name: str) -> None:
+        """It will not be read again."""
+
+    def close(self) -> None:
+        """Nothing more is asked for."""
+
+
 class Checkpoint:
     """An open folder. `tensors`: {canonical name: (shape, dtype)}, in the order of shards and of their data.
 
@@ -59,8 +97,11 @@ class Checkpoint:
     manager.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], places: dict[str, _Place], shards: list[str]) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], places: dict[str, _Place], shards: list[str], supply: Supply
+    ) -> None:
         self.folder = folder
+        self.supply = supply
         self.shards = shards
         self._quantization: dict[str, Any] = config.get("quantization_config") or {}
         self.config = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -73,8 +114,15 @@ class Checkpoint:
         self._collect()
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read config, index and headers of `folder`. Raises CheckpointError naming what is wrong."""
+    def open(
+        cls, folder: Path, header: Callable[[str], dict[str, Entry]] | None = None, supply: Supply | None = None
+    ) -> Checkpoint:
+        """Read config, index and headers of `folder`. Raises CheckpointError naming what is wrong.
+
+        header, supply: how to know what a file of weights holds, and to get it, if they are not there yet.
+        """
+        if header is None:
+            header = lambda shard: read_header(contained(folder, shard))  # noqa: E731
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder", hint="give the folder that holds config.json")
         config = _read_json(folder / "config.json", "so it is not a model folder")
@@ -82,14 +130,14 @@ class Checkpoint:
             raise CheckpointError(f"{folder / 'config.json'}: quantization_config is no object")
         if (folder / INDEX).is_file():
             weight_map = _weight_map(folder)
-        elif (folder / SINGLE).is_file():
+        elif supply or (folder / SINGLE).is_file():
             weight_map = None
         else:
             raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}", hint="download the model again")
         shards = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
         places: dict[str, _Place] = {}
         for shard in shards:
-            for name, entry in read_header(contained(folder, shard)).items():
+            for name, entry in header(shard).items():
                 if weight_map is not None and weight_map.get(name) != shard:
                     raise CheckpointError(f"{folder / shard} holds {name}, which {INDEX} does not place there")
                 places[name] = _Place(shard, entry)
@@ -99,7 +147,7 @@ class Checkpoint:
                     f"{folder / INDEX} places {name} in {shard}, which does not hold it",
                     hint="download the shard again",
                 )
-        return cls(folder, config, places, shards)
+        return cls(folder, config, places, shards, supply or Supply(folder))
 
     def _collect(self) -> None:
         split: dict[str, dict[tuple[int, str], str]] = {}
@@ -228,6 +276,12 @@ class Checkpoint:
                 except OSError as error:
                     raise CheckpointError(f"{self.folder / shard} can't be read: {error.strerror}") from error
             return self._descriptors[shard]
+
+    def forget(self, shard: str) -> None:
+        """Close a file that is not read again."""
+        with self._opening:
+            if (descriptor := self._descriptors.pop(shard, None)) is not None:
+                os.close(descriptor)
 
     def shards_of(self, name: str) -> list[str]:
         """The files a canonical tensor is read from, sorted."""

@@ -1,7 +1,8 @@
-"""Writes a pack: into a temporary folder beside it, every byte at a place known beforehand, renamed at the end.
+"""Writes a pack: into a hidden folder beside it, every byte at a place known beforehand, renamed at the end.
 
 Sizes follow from the manifest alone, so tensors may arrive in any order and nothing is written twice. Until
-the rename there is no pack; on an error nothing is left. Knows nothing of quantization.
+the rename there is no pack. A journal beside the files says which pieces are safe: whoever begins the same pack again
+goes on from there, after a kill, a power cut or a full disk. Knows nothing of quantization.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from qwenrun.kernels.spec import DTYPE_BYTES
 from qwenrun.kernels.weight import Weight
-from qwenrun.quant.errors import StorageError
+from qwenrun.quant.errors import QuantError, StorageError
+from qwenrun.quant.packfile.journal import Journal
 from qwenrun.quant.packfile.layout import (
     DENSE,
     MANIFEST,
@@ -45,13 +46,27 @@ _HASH_BLOCK = 4 << 20
 _OURS = re.compile(r"experts-(mtp-)?\d+\.bin")
 
 
+def work_folder(out: Path) -> Path:
+    """Where the pack `out` is made: `pack/` its files, `journal`, and whatever a source keeps there."""
+    return out.with_name(f".{out.name}.partial")
+
+
 class PackWriter:
-    """A pack under construction. Use as a context manager; `finish` makes it a pack, anything else removes it."""
+    """A pack under construction. Use as a context manager; `finish` makes it a pack.
 
-    def __init__(self, out: Path, entries: Mapping[str, TensorEntry], force: bool = False) -> None:
-        """Raises StorageError if `out` exists, unless `force`, and then if it is anything but a pack.
+    Left by an error, what was written stays for the next run of the same `making`, but for errors of the checkpoint
+    itself, after which nothing stays. pieces: what the journal knew on entering, by piece.
+    """
 
-        total_bytes: the size of the files of weights. Entering raises StorageError if the disk is too small.
+    def __init__(
+        self, out: Path, entries: Mapping[str, TensorEntry], force: bool = False, making: str = "", room: int = 0
+    ) -> None:
+        """making: everything the bytes of the pack follow from; "" if a stopped run is not to be gone on with.
+        room: bytes that are needed beside the pack's while it is made.
+
+        Raises StorageError if `out` exists, unless `force`, and then if it is anything but a pack.
+        total_bytes: the size of the files of weights. Entering raises StorageError if the disk is too small, or another
+        process is making this pack.
         """
         self.out = out
         self._entries = entries
@@ -63,8 +78,14 @@ class PackWriter:
         for prefix, (layout, count) in self._experts.items():
             self._sizes[expert_file(prefix)] = layout.record_size * count
         self.total_bytes = sum(self._sizes.values())
-        self.folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
+        self.work = work_folder(out)
+        self.folder = self.work / "pack"
+        self._making, self._room = making, room
+        self.pieces: dict[str, Any] = {}
+        self._goes_on = False
+        self._journal: Journal | None = None
         self._files: dict[str, int] = {}
+        self._dirty: set[str] = set()
         self._lock = -1
 
     def _check_target(self, force: bool) -> None:
@@ -106,60 +127,102 @@ class PackWriter:
     def __enter__(self) -> PackWriter:
         try:
             with _storage_errors(self.out):
-                self._remove_abandoned()
+                self.work.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                self._goes_on = bool(self._making) and Journal.is_of(self.work / "journal", self._making)
+                if not self._goes_on:
+                    # Of another checkpoint, recipe or version: nothing of it can be used.
+                    (self.work / "journal").unlink(missing_ok=True)
+                    shutil.rmtree(self.folder, ignore_errors=True)
                 self._check_space()
-                self.folder.mkdir(parents=True)
-                self._lock = os.open(self.folder, os.O_RDONLY)
-                with contextlib.suppress(OSError):  # some network file systems lock no folders
-                    fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self.folder.mkdir(exist_ok=True)
                 for name, size in self._sizes.items():
                     self._open(name, size)
                 self._write(DENSE, 0, self._header)
-        except BaseException:
-            self.__exit__()
+                self._journal = Journal(self.work / "journal", self._making)
+                self.pieces = dict(self._journal.pieces)
+                for folder in (self.folder, self.work, self.work.parent):
+                    _sync_folder(folder)
+        except BaseException as error:
+            self.__exit__(type(error), error)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.work, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            self._lock = -1
+            raise StorageError(f"another process is making {self.out}", hint="wait for it, or stop it") from error
+        except OSError:
+            pass  # some network file systems lock no folders
+
+    def __exit__(self, kind: type[BaseException] | None = None, error: object = None, _: object = None) -> None:
+        keep = kind is not None and bool(self._making)
+        keep = keep and not (isinstance(error, QuantError) and not isinstance(error, StorageError))
+        if self._journal:
+            if keep:
+                # A last time, so that as little as possible is done twice; if the disk is full, not even that.
+                with contextlib.suppress(OSError):
+                    self._journal.commit(self._sync)
+            self._goes_on = bool(self._journal.pieces)
+            self._journal.close()
+            self._journal = None
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock >= 0:
+            # What was fetched is worth keeping too.
+            if not (keep and (self._goes_on or set(os.listdir(self.work)) - {"pack", "journal"})):
+                shutil.rmtree(self.work, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 
-    def _remove_abandoned(self) -> None:
-        """Remove what a killed run left of this very pack: the partial folders nobody holds the lock of."""
-        for folder in self.out.parent.glob(f".{glob.escape(self.out.name)}.partial-*"):
-            if folder.is_symlink() or not folder.is_dir():
-                continue
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(descriptor)
-
     def _check_space(self) -> None:
-        free = shutil.disk_usage(_existing_parent(self.out)).free
-        if self.total_bytes > free:
+        free = shutil.disk_usage(self.work).free
+        there = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+        needed = self.total_bytes + self._room - there
+        if needed > free:
             raise StorageError(
-                f"the pack needs {self.total_bytes:,} bytes, and {free:,} are free where {self.out} would be",
+                f"the pack needs {needed:,} bytes{' more' if there else ''}, and {free:,} are free where {self.out}"
+                " would be",
                 hint="free some space, or choose another disk with -o",
             )
 
     def _open(self, name: str, size: int) -> None:
-        descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         self._files[name] = descriptor
         os.ftruncate(descriptor, size)
+
+    def wrote(self, piece: str, known: object) -> None:
+        """Every byte of a piece was given to this writer. known: what `pieces` is to hold of it after a restart.
+
+        Called by one thread. Now and then this syncs the files and writes the journal. Raises StorageError.
+        """
+        assert self._journal
+        self._journal.add(piece, known)
+        if self._making and self._journal.is_due():
+            self.commit()
+
+    def commit(self) -> None:
+        """Make every piece so far safe against a kill or a power cut. Raises StorageError."""
+        assert self._journal
+        with _storage_errors(self.out):
+            self._journal.commit(self._sync)
+
+    def _sync(self) -> None:
+        while self._dirty:
+            os.fdatasync(self._files[self._dirty.pop()])
 
     def _write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         done = 0
         while done < len(view):
             done += os.pwrite(self._files[name], view[done:], offset + done)
+        # Afterwards, or a sync between the two would take it for clean.
+        self._dirty.add(name)
 
     def put_rows(self, name: str, start: int, values: Weight | Tensor) -> None:
         """Rows `start`.. of a dense tensor: a Weight if it is encoded, else the tensor as it is kept."""
@@ -192,11 +255,13 @@ class PackWriter:
         with _storage_errors(self.out):
             for name, path in side_files.items():
                 shutil.copyfile(path, self.folder / name)
-            for descriptor in self._files.values():
-                os.fsync(descriptor)
+            self._sync()
+            self.commit()
+            for stray in set(os.listdir(self.folder)) - {*self._sizes, *side_files}:
+                (self.folder / stray).unlink()
             files, records = {}, {}
             sizes = {expert_file(prefix): layout.record_size for prefix, (layout, _) in self._experts.items()}
-            for name in sorted(os.listdir(self.folder)):
+            for name in sorted({*self._sizes, *side_files}):
                 path = self.folder / name
                 digest, sums = file_digests(path, sizes.get(name), progress)
                 files[name] = (path.stat().st_size, digest)
@@ -211,10 +276,10 @@ class PackWriter:
             _sync_folder(self.folder)
             if self.out.exists():
                 # Renamed away first: a folder can't be replaced in one step, but at no time is it half a pack.
-                old = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
+                old = self.work / "replaced"
+                shutil.rmtree(old, ignore_errors=True)
                 os.rename(self.out, old)
                 os.rename(self.folder, self.out)
-                shutil.rmtree(old, ignore_errors=True)
             else:
                 os.rename(self.folder, self.out)
             _sync_folder(self.out.parent)
@@ -232,7 +297,7 @@ class _storage_errors:
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            hint = "free some space, or choose another disk with -o" if full else ""
+            hint = "free some space, and the same command goes on where it stopped" if full else ""
             raise StorageError(f"{self.out} can't be written: {error.strerror or error}", hint) from error
 
 
@@ -262,13 +327,6 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _row_bytes(tensor: Tensor) -> int:
     return tensor[0].numel() * tensor.element_size() if tensor.dim() else tensor.element_size()
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute().parent
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _sync_folder(folder: Path) -> None:

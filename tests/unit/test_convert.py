@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from qwenrun.errors import ModelError
 from qwenrun.kernels.ops import decode
 from qwenrun.quant.errors import CheckpointError, RecipeError, StorageError
+from qwenrun.quant.packfile import journal
 from qwenrun.quant.packfile.layout import MANIFEST, read_manifest
 from qwenrun.quant.packfile.reader import PackReader, verify
 
@@ -238,23 +241,94 @@ def test_disk_too_small_is_known_beforehand(
     assert left_behind(tmp_path) == ["m"]
 
 
+@pytest.mark.parametrize("recipe", ["balanced", "nvfp4"])
 def test_disk_that_fills_up_meanwhile(
+    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """Wherever it happens, the same command goes on when there is room, and nobody can tell afterwards."""
+    monkeypatch.setattr(journal, "COMMIT_SECONDS", 0.0)
+    source = checkpoint_maker(tmp_path / "m")
+    whole = quantize(source, tmp_path / "whole", recipe)
+    rng, seed = random.Random(), random.randrange(1 << 31)
+    rng.seed(seed)
+    left, calls = [0], []
+
+    def full(real: Callable[..., int]) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            calls.append(1)
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments)
+
+        return call
+
+    for name in ("pwrite", "write", "fdatasync"):
+        monkeypatch.setattr(os, name, full(getattr(os, name)))
+    stops = 0
+    while not (tmp_path / "p").exists():
+        left[0] = rng.randrange(5, 60)
+        with contextlib.suppress(StorageError):
+            report = quantize(source, tmp_path / "p", recipe)
+            break
+        stops += 1
+        assert stops < 100, f"seed {seed}"
+    left[0] = 1 << 30
+    assert stops > 1
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole"), f"seed {seed}"
+    assert report.rows == whole.rows
+    assert left_behind(tmp_path) == ["m", "p", "whole"]
+
+
+def test_a_journal_of_something_else_is_not_gone_on_with(
     tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(journal, "COMMIT_SECONDS", 0.0)
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
     source = checkpoint_maker(tmp_path / "m")
-    real, calls = os.pwrite, []
+    quantize(source, tmp_path / "whole")
+    for change in ("recipe", "source", "version"):
+        if change == "source":
+            checkpoint_maker(source, seed=1)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "p", "int4" if change == "recipe" else "balanced", progress=stop)
+        assert (tmp_path / ".p.partial/journal").stat().st_size > 100
+        if change == "source":
+            checkpoint_maker(source)
+        quantize(source, tmp_path / "p", tool="other" if change == "version" else "")
+        found, wanted = contents(tmp_path / "p"), contents(tmp_path / "whole")
+        if change == "version":
+            del found[MANIFEST], wanted[MANIFEST]
+        assert found == wanted, change
+        shutil.rmtree(tmp_path / "p")
+    assert left_behind(tmp_path) == ["m", "whole"]
 
-    def full(descriptor: int, data: bytes, offset: int) -> int:
-        calls.append(1)
-        if len(calls) > 20:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(descriptor, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(StorageError, match="No space left") as caught:
-        quantize(source, tmp_path / "p")
-    assert "free some space" in caught.value.hint
-    assert left_behind(tmp_path) == ["m"]
+def test_a_torn_journal_loses_its_last_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    first = journal.Journal(path, "this")
+    first.add("a", [1, 0.1])
+    first.commit(lambda: None)
+    first.add("b", 2)
+    first.commit(lambda: None)
+    first.add("c", 3)
+    first.close()
+    text = path.read_bytes()
+    for cut in range(len(text) + 1):
+        for tail in (b"", b"\0" * 9, b'["c"'):
+            path.write_bytes(text[:cut] + tail)
+            again = journal.Journal(path, "this")
+            assert again.pieces in ({}, {"a": [1, 0.1]}, {"a": [1, 0.1], "b": 2})
+            assert len(again.pieces) == max(0, text[:cut].count(b"\n") - 1)
+            again.add("d", 4)
+            again.commit(lambda: None)
+            again.close()
+            assert journal.Journal(path, "this").pieces == again.pieces
+    assert journal.Journal(path, "other").pieces == {}
 
 
 def test_disk_that_is_full_from_the_start(
@@ -273,30 +347,12 @@ def test_disk_that_is_full_from_the_start(
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_what_a_killed_run_left_is_removed_but_not_a_living_ones(
-    tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize
-) -> None:
-    source = checkpoint_maker(tmp_path / "m")
-    dead, living, other = tmp_path / ".p.partial-1", tmp_path / ".p.partial-2", tmp_path / ".p2.partial-1"
-    for folder in (dead, living, other):
-        folder.mkdir()
-        (folder / "dense.safetensors").write_text("half")
-    lock = os.open(living, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        quantize(source, tmp_path / "p")
-    finally:
-        os.close(lock)
-    assert left_behind(tmp_path) == [living.name, other.name, "m", "p"]
-    verify(tmp_path / "p")
-
-
 def test_a_run_holds_the_lock_of_what_it_writes(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
     seen = []
 
     def other_run(done: int, total: int, name: str) -> None:
         if done < total:
-            (folder,) = tmp_path.glob(".p.partial-*")
+            (folder,) = tmp_path.glob(".p.partial")
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -320,14 +376,25 @@ def test_files_taken_over_may_not_lead_out_of_the_checkpoint(
     assert left_behind(tmp_path) == ["m", "secret"]
 
 
-def test_interruption_leaves_nothing(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+def test_an_interrupted_run_is_gone_on_with(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    source = checkpoint_maker(tmp_path / "m")
+
     def stop(done: int, total: int, name: str) -> None:
         if done > total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(checkpoint_maker(tmp_path / "m"), tmp_path / "p", progress=stop)
-    assert left_behind(tmp_path) == ["m"]
+        quantize(source, tmp_path / "p", progress=stop)
+    assert left_behind(tmp_path) == [".p.partial", "m"]
+    lock = os.open(tmp_path / ".p.partial", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(StorageError, match="another process is making"):
+        quantize(source, tmp_path / "p")
+    os.close(lock)
+    quantize(source, tmp_path / "p")
+    quantize(source, tmp_path / "whole")
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+    assert left_behind(tmp_path) == ["m", "p", "whole"]
 
 
 def test_a_rule_on_a_vector_stops_before_work(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
