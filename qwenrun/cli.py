@@ -126,9 +126,14 @@ def root(
 @app.command(cls=Command)
 def quantize(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A Hugging Face folder, or the name of a model that was pulled.")
+        str,
+        typer.Argument(metavar="SRC", help="A Hugging Face folder, or OWNER/NAME: pulled, or else fetched meanwhile."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PACK", help="The pack to make, a folder.")],
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", metavar="R", help="A branch, a tag or a commit of the hub's.", show_default="main"),
+    ] = None,
     recipe: Recipe = "balanced",
     force: Annotated[bool, typer.Option("--force", help="Replace PACK if it is there already.")] = False,
     json: Json = False,
@@ -136,16 +141,19 @@ def quantize(
 ) -> None:
     """Turn a checkpoint into a pack, and print what it did to each kind of tensor.
 
-    Works piece by piece: memory does not grow with the model. The table of errors is the answer and goes to
-    stdout; --json has a row for every single tensor.
+    Works piece by piece: memory does not grow with the model. A model of the hub that was not pulled is fetched file
+    by file while it is quantized: at most two of its files are on the disk. Stopped, killed or out of disk, the same
+    command goes on where it was. The table of errors is the answer and goes to stdout; --json has a row for every
+    single tensor.
 
     Examples:
         qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack
+        qwenrun quantize Qwen/Qwen3.5-122B-A10B -o 122b.pack
         qwenrun quantize SRC -o PACK --recipe mine.toml --json > report.json
     """
     from qwenrun.ui.quantize import quantize
 
-    quantize(_convert, source, out, recipe=recipe, force=force, as_json=json, quiet=quiet)
+    quantize(_convert, source, out, revision=revision, recipe=recipe, force=force, as_json=json, quiet=quiet)
 
 
 @app.command(cls=Command)

@@ -162,13 +162,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, name: str, content: bytes) -> None:
         self.whole = content
-        start = int(match[1]) if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
+        match = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, stop = (int(match[1]), int(match[2] or len(content) - 1) + 1) if match else (0, len(content))
         if start >= len(content) > 0:
             return self._error(416, "")
-        body: bytes | None = content[start:]
+        body: bytes | None = content[start:stop]
         self._start = start
         if faults := self.hub.faults.get(name):
-            body = faults.pop(0)(self, content[start:])
+            body = faults.pop(0)(self, content[start:stop])
         if body is not None:
             self.start(206, body, len(body))
             self.wfile.write(body)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,18 +52,17 @@ class _Coded:
 _CODED_DTYPE = "BF16"
 
 
-class Supply:
+class Supply(Protocol):
     """Where the files of weights come from while they are read. Those of a folder are there; a hub's come one by one,
-    and go when they have been used. Calls come from one thread."""
+    and go when they have been used. Calls come from one thread.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.room = 0  # bytes of disk that it takes, beside the pack's, where the pack is made
+    room: bytes of disk that it takes, beside the pack's, where the pack is made.
+    """
+
+    room: int
 
     def identity(self, name: str) -> list[object]:
         """What tells whether a file is the same as when a stopped run read it."""
-        there = (self.folder / name).stat()
-        return [name, there.st_size, there.st_mtime_ns]
 
     def known(self, name: str) -> tuple[str, int] | None:
         """A file's sha256 and bytes, where they are known and checked before it is read."""
@@ -75,6 +74,7 @@ class Supply:
 
     def begin(self, order: Sequence[str]) -> None:
         """These files will be asked for, in this order."""
+        return
 
     def is_ready(self, names: Sequence[str]) -> bool:
         """Whether all of them can be read now; if not, they are on their way. Raises what went wrong with them."""
@@ -82,12 +82,28 @@ class Supply:
 
     def wait(self) -> None:
         """Until something changes."""
+        return
 
     def release(self, name: str) -> None:
         """It will not be read again."""
+        return
 
     def close(self) -> None:
         """Nothing more is asked for."""
+        return
+
+
+class OwnFiles(Supply):
+    """Those of a folder: they are there, and stay."""
+
+    room = 0
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def identity(self, name: str) -> list[object]:
+        there = (self._folder / name).stat()
+        return [name, there.st_size, there.st_mtime_ns]
 
 
 class Checkpoint:
@@ -147,7 +163,7 @@ class Checkpoint:
                     f"{folder / INDEX} places {name} in {shard}, which does not hold it",
                     hint="download the shard again",
                 )
-        return cls(folder, config, places, shards, supply or Supply(folder))
+        return cls(folder, config, places, shards, supply or OwnFiles(folder))
 
     def _collect(self) -> None:
         split: dict[str, dict[tuple[int, str], str]] = {}

@@ -51,6 +51,25 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
+def check_target(out: Path, force: bool) -> None:
+    """Raise StorageError if `out` exists, unless `force`, and then if it is anything but a pack."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise StorageError(f"{out} exists already", hint="choose another name, or add --force")
+    if out.is_symlink() or not out.is_dir():
+        raise StorageError(f"{out} is not a folder, so --force will not replace it")
+    held = sorted(path.name for path in out.iterdir())
+    if held and MANIFEST not in held:
+        raise StorageError(f"{out} exists and is not a pack, so --force will not replace it")
+    foreign = [n for n in held if n not in (MANIFEST, DENSE, *SIDE_FILES) and not _OURS.fullmatch(n)]
+    if foreign:
+        raise StorageError(
+            f"{out} holds {', '.join(foreign[:3])}, no part of a pack, so --force will not replace it",
+            hint=f"move it out of {out}, or choose another name",
+        )
+
+
 class PackWriter:
     """A pack under construction. Use as a context manager; `finish` makes it a pack.
 
@@ -70,7 +89,7 @@ class PackWriter:
         """
         self.out = out
         self._entries = entries
-        self._check_target(force)
+        check_target(out, force)
         self._dense = self._plan_dense()
         self._experts = self._plan_experts()
         self._header, self._starts = build_header(self._dense)
@@ -87,23 +106,6 @@ class PackWriter:
         self._files: dict[str, int] = {}
         self._dirty: set[str] = set()
         self._lock = -1
-
-    def _check_target(self, force: bool) -> None:
-        if not self.out.exists() and not self.out.is_symlink():
-            return
-        if not force:
-            raise StorageError(f"{self.out} exists already", hint="choose another name, or add --force")
-        if self.out.is_symlink() or not self.out.is_dir():
-            raise StorageError(f"{self.out} is not a folder, so --force will not replace it")
-        held = sorted(path.name for path in self.out.iterdir())
-        if held and MANIFEST not in held:
-            raise StorageError(f"{self.out} exists and is not a pack, so --force will not replace it")
-        foreign = [n for n in held if n not in (MANIFEST, DENSE, *SIDE_FILES) and not _OURS.fullmatch(n)]
-        if foreign:
-            raise StorageError(
-                f"{self.out} holds {', '.join(foreign[:3])}, no part of a pack, so --force will not replace it",
-                hint=f"move it out of {self.out}, or choose another name",
-            )
 
     def _plan_dense(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
         planned = {}
@@ -182,7 +184,8 @@ class PackWriter:
 
     def _check_space(self) -> None:
         free = shutil.disk_usage(self.work).free
-        there = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+        held = [path for path in self.work.rglob("*") if path.is_file() and not path.is_symlink()]
+        there = sum(path.stat().st_blocks * 512 for path in held)
         needed = self.total_bytes + self._room - there
         if needed > free:
             raise StorageError(

@@ -30,6 +30,7 @@ TRIES, WAIT, LONGEST_WAIT = 6, 1.0, 60.0
 # Times that a whole file may come with a wrong hash.
 COPIES = 2
 TIMEOUT = 30.0
+PARTIAL = ".qwenrun-partial"
 
 # progress(done bytes, of how many, the file's name)
 Progress = Callable[[int, int, str], None]
@@ -145,7 +146,7 @@ def _fetch_all(listing: Listing, folder: Path, progress: Progress | None) -> Non
                 progress(done, total, name)
 
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="pull") as pool:
-        work = [pool.submit(_fetch, listing, file, blobs, advance, stop) for file in missing]
+        work = [pool.submit(fetch, listing, file, blobs, advance, stop) for file in missing]
         try:
             for one in work:
                 one.result()
@@ -165,14 +166,14 @@ def _is_there(blob: Path, file: File) -> bool:
 
 
 def _partial(blobs: Path, file: File) -> Path:
-    return blobs / f"{file.digest}.qwenrun-partial"
+    return blobs / f"{file.digest}{PARTIAL}"
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _fetch(
+def fetch(
     listing: Listing, file: File, blobs: Path, advance: Callable[[int, str], None], stop: threading.Event
 ) -> None:
     """One file to its place among the blobs, after its hash is the hub's."""
@@ -183,7 +184,7 @@ def _fetch(
         except BlockingIOError as error:
             raise UsageError(f"another process is downloading {listing.repo}", "wait for it") from error
         for _ in range(COPIES):
-            _fill(listing, file, out, advance, stop)
+            fill(listing, file, out, advance, stop)
             out.flush()
             found = digest_of(path, len(file.digest))
             if found == file.digest:
@@ -200,8 +201,18 @@ def _fetch(
     )
 
 
-def _fill(listing: Listing, file: File, out: Any, advance: Callable[[int, str], None], stop: threading.Event) -> None:
-    """Append to `out` until it is as long as the file; after a broken connection from where it broke."""
+def fill(
+    listing: Listing,
+    file: File,
+    out: Any,
+    advance: Callable[[int, str], None],
+    stop: threading.Event,
+    beginning: bool = False,
+) -> None:
+    """Append to `out` until it is as long as `file`; after a broken connection from where it broke.
+
+    beginning: the file on the hub is longer.
+    """
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
@@ -215,7 +226,7 @@ def _fill(listing: Listing, file: File, out: Any, advance: Callable[[int, str], 
                 f"{file.name} of {listing.repo} can't be fetched beyond {have:,} of {file.size:,} bytes: {trouble}",
                 "the same command goes on from there",
             )
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={have}-{file.size - 1}"}
         asked = 0.0
         try:
             with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT) as answer:
@@ -229,12 +240,14 @@ def _fill(listing: Listing, file: File, out: Any, advance: Callable[[int, str], 
                     trouble = "the connection was closed early"
                     for block in answer.iter_raw():
                         room = file.size - out.seek(0, os.SEEK_END)
+                        if beginning:
+                            block = block[:room]
                         if len(block) > room:
                             raise OSError(f"the server sent more than the {file.size:,} bytes there are")
                         out.write(block)
                         advance(len(block), file.name)
                         tries, wait = 0, WAIT
-                        if stop.is_set():
+                        if stop.is_set() or (beginning and len(block) == room):
                             break
                     if out.seek(0, os.SEEK_END) > have:
                         continue

@@ -79,7 +79,7 @@ def _used(name: str, revision: str) -> tuple[str, str, dict[str, str]]:
         repo, files = source.get("repo"), source.get("files")
         if not repo or not isinstance(files, dict):
             raise ModelError(f"{path} was made from a folder, not from the hub: its source is {source.get('name')}")
-        used = {file: str(said["sha256"]) for file, said in files.items()}
+        used = {file: str(said["sha256"]) for file, said in files.items() if file.endswith(_WEIGHTS)}
         return str(repo), str(source.get("revision", "")), used
     repo = repo_of(name)
     found = cache.find(repo, revision)

@@ -46,12 +46,17 @@ def find_model(name: str | None, quiet: bool = False) -> Path:
     raise ModelError(f"there is no model at {path}", _how_to_get(name))
 
 
-def find_download(name: str) -> cache.Download | None:
+def find_download(name: str, revision: str = "main") -> cache.Download | None:
     """The model in Hugging Face's cache that a person calls so: OWNER/NAME, or Qwen's of that short name."""
     if cache.is_repo(name):
-        return cache.find(name)
-    known = [zoo for zoo in zoo_names() if zoo.lower() == name.lower()]
-    return cache.find(f"Qwen/{known[0]}") if known else None
+        return cache.find(name, revision)
+    known = find_zoo(name)
+    return cache.find(f"Qwen/{known}", revision) if known else None
+
+
+def find_zoo(name: str) -> str:
+    """The family's member of that name, in whatever case; "" if there is none."""
+    return next((zoo for zoo in zoo_names() if zoo.lower() == name.lower()), "")
 
 
 def _how_to_get(name: str) -> str:

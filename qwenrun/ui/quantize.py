@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenrun import __version__
-from qwenrun.errors import ModelError
+from qwenrun.errors import ModelError, UsageError
+from qwenrun.hub import cache
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import match
 from qwenrun.quant.recipe import Recipe
 from qwenrun.ui import console
-from qwenrun.ui.models import find_download, is_pack
+from qwenrun.ui.models import find_download, find_zoo, is_pack
 from qwenrun.ui.progress import Progress
 from qwenrun.ui.tables import table
 
@@ -27,30 +29,40 @@ _NUMBERED = re.compile(r"\.(layers|blocks)\.\d+\.")
 
 
 def quantize(
-    convert: Callable[..., Any], name: str, out: Path, *, recipe: str, force: bool, as_json: bool, quiet: bool
+    convert: Callable[..., Any],
+    name: str,
+    out: Path,
+    *,
+    revision: str | None,
+    recipe: str,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Convert the folder or download `name` into the pack `out`; the report of `convert` goes to stdout."""
-    chosen = Recipe.load(recipe)
-    source = Path(name).expanduser()
-    if not source.exists() and (download := find_download(name)):
-        source = download.folder
-    if is_pack(source):
-        raise ModelError(f"{source} is a pack already", "give the Hugging Face folder it was made from")
-    config = ModelConfig.from_folder(source)
-    from qwenrun.quant.packfile.checkpoint import Checkpoint
-
-    with Checkpoint.open(source) as checkpoint, Progress("quantize", quiet=quiet) as progress:
-        matched = match(config, checkpoint.tensors, str(source))
-        report = convert(
-            checkpoint,
-            out.expanduser(),
-            chosen,
-            matched.tensors,
-            tool=f"qwenrun {__version__}",
-            notes=matched.notes,
-            progress=lambda done, total, name: progress(done, total, kind(name)),
-            force=force,
-        )
+    """Convert the folder, download or model of the hub `name` into the pack `out`; the report of `convert` goes to
+    stdout."""
+    chosen, out = Recipe.load(recipe), out.expanduser()
+    with (
+        _opened(name, revision, out, force, quiet) as (source, checkpoint),
+        Progress("quantize", quiet=quiet) as progress,
+    ):
+        config = ModelConfig.from_folder(source)
+        matched = match(config, checkpoint.tensors, name)
+        try:
+            report = convert(
+                checkpoint,
+                out,
+                chosen,
+                matched.tensors,
+                tool=f"qwenrun {__version__}",
+                notes=matched.notes,
+                progress=lambda done, total, name: progress(done, total, kind(name)),
+                force=force,
+            )
+        except KeyboardInterrupt:
+            progress.clear()
+            console.note("stopped; the same command goes on where it was")
+            raise
     if as_json:
         content = {key: value for key, value in report.to_json().items() if key != "schema"}
         console.document("quantize", 1, content)
@@ -63,6 +75,42 @@ def quantize(
             f"wrote {report.pack}: {console.size(report.pack_bytes)} from {console.size(report.source_bytes)}"
             f" in {console.seconds(report.seconds)}; try: qwenrun chat -m {report.pack}"
         )
+
+
+@contextmanager
+def _opened(name: str, revision: str | None, out: Path, force: bool, quiet: bool) -> Iterator[tuple[Path, Any]]:
+    """(folder, open checkpoint) of what a person calls `name`: a folder, a download, else a model of the hub."""
+    source = Path(name).expanduser()
+    if not source.exists() and (download := find_download(name, revision or "main")):
+        source = download.folder
+    elif not source.exists() and not (cache.is_repo(name) or find_zoo(name)):
+        raise ModelError(
+            f"there is no model at {source}", "qwenrun quantize OWNER/NAME -o PACK fetches one from the hub"
+        )
+    elif source.exists() and revision:
+        raise UsageError(
+            f"--revision is of a model of the hub, and {source} is a folder", f"qwenrun quantize {name} -o {out}"
+        )
+    if is_pack(source):
+        raise ModelError(f"{source} is a pack already", "give the Hugging Face folder it was made from")
+    if source.exists():
+        ModelConfig.from_folder(source)  # says what is wrong before torch is there
+        from qwenrun.quant.packfile.checkpoint import Checkpoint
+
+        with Checkpoint.open(source) as checkpoint:
+            yield source, checkpoint
+        return
+    from qwenrun.hub import stream
+    from qwenrun.quant.packfile.writer import check_target, work_folder
+
+    check_target(out, force)
+    repo = name if cache.is_repo(name) else f"Qwen/{find_zoo(name)}"
+    folder = work_folder(out) / "source"
+    with stream.open_remote(repo, revision or "main", folder) as checkpoint:
+        if not quiet:
+            at = str(checkpoint.supply.origin()["revision"])[:12]
+            console.note(f"{repo} at {at}: {len(checkpoint.shards)} files of weights, fetched while they are quantized")
+        yield folder, checkpoint
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ def test_pulled_quantized_checked_and_removed(
     assert find_model("Qwen/demo") == found.folder
     verify("Qwen/demo", as_json=False, quiet=True)
     pack = tmp_path / "demo.pack"
-    quantize(convert, "Qwen/demo", pack, recipe="int4", force=False, as_json=True, quiet=True)
+    quantize(convert, "Qwen/demo", pack, revision=None, recipe="int4", force=False, as_json=True, quiet=True)
     capsys.readouterr()
     ui.ls([tmp_path], as_json=False)
     listed = capsys.readouterr().out
