@@ -22,7 +22,7 @@ DEMO_MODEL := qwenrun/demo/model
 DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model demo-eval test test-gpu lint type fmt bench bench-budget bench-gpu bench-peer gpu-aot gpu-traffic sanitize synth docs wheel clean
+.PHONY: help setup demo demo-model demo-eval test test-gpu lint type fmt bench bench-budget bench-gpu bench-peer torture gpu-aot gpu-traffic sanitize synth docs wheel clean
 
 # What `make synth` writes, and where; what the budget and peer benchmarks run on.
 MODEL ?= 122b
@@ -135,6 +135,9 @@ sanitize: setup ## the CPU kernels' tests under AddressSanitizer and UBSan, then
 bench-peer: setup $(PEER_VENV)/bin/python ## beside llama.cpp in the same memory (root, cgroup v1, 8 GB of disk): LIMIT=
 	$(BIN)/python -m qwenrun.measure.peer make $(BENCH)/peer
 	$(BIN)/python -m qwenrun.measure.peer run $(BENCH)/peer --python $(PEER_VENV)/bin/python --limit $(LIMIT) $(ARGS)
+
+torture: setup ## quantize killed and out of disk at random moments, then gone on with: ARGS="--kills 50 --enospc 10 --seed 1"
+	PYTHONPATH=tests $(BIN)/python tests/torture.py $(ARGS)
 
 test-gpu: setup ## on a machine with an NVIDIA card: every kernel, the demo's logits, speeds, then the demo on the card
 	$(BIN)/qwenrun selftest --device cuda
