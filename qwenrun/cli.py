@@ -29,6 +29,11 @@ class Kv(StrEnum):
     f32 = "f32"
 
 
+class Target(StrEnum):
+    compressed = "compressed-tensors"
+    bf16 = "bf16"
+
+
 app = typer.Typer(
     cls=Group,
     add_completion=True,
@@ -55,6 +60,13 @@ def _convert(*arguments: Any, **options: Any) -> Any:
     from qwenrun.quant.convert import convert
 
     return convert(*arguments, **options)
+
+
+def _export(*arguments: Any) -> int:
+    """The quant floor's exporter, imported when it is called."""
+    from qwenrun.quant.export import export
+
+    return export(*arguments)
 
 
 def _size(text: str | None, option: str) -> int | None:
@@ -498,6 +510,28 @@ def show(
     from qwenrun.ui.pack import show
 
     show(pack, tensors=tensors, as_json=json)
+
+
+@app.command(cls=Command)
+def export(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="A pack.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="The Hugging Face folder to make.")],
+    to: Annotated[Target, typer.Option("--to", metavar="FORM", help="compressed-tensors or bf16.")],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a pack as a Hugging Face folder that other engines load; prints the folder.
+
+    compressed-tensors keeps the codes of INT4, INT8 and NVFP4 matrices, but for the embedding and lm_head; bf16 decodes
+    everything. Routed experts are written one by one.
+
+    Examples:
+        qwenrun export 122b.pack --to compressed-tensors -o 122b-int4
+        qwenrun export 35b.pack --to bf16 -o 35b-decoded
+    """
+    from qwenrun.ui.pack import export
+
+    export(_export, pack, out, to.value, as_json=json, quiet=quiet)
 
 
 @app.command(cls=Command)

@@ -81,6 +81,7 @@ class FakeHub:
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed is no news
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def publish(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:

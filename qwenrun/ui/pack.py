@@ -1,11 +1,11 @@
-"""`qwenrun show` and `qwenrun verify`: what is in a pack, and whether it is what was written.
+"""`qwenrun show`, `verify` and `export`: what is in a pack, whether it is what was written, and what others can load.
 
 `show` reads the manifest alone. Knows no weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,22 @@ def verify(name: str, *, as_json: bool, quiet: bool) -> None:
         console.document("verify", 1, {"pack": str(path), "ok": True, "files": len(manifest.files), "bytes": total})
     else:
         console.say(f"{path}: {len(manifest.files)} files, {console.size(total)}, every sha256 as written")
+
+
+def export(run: Callable[..., int], path: Path, out: Path, target: str, *, as_json: bool, quiet: bool) -> None:
+    """Write a pack as a Hugging Face folder; its path goes to stdout."""
+    manifest_of(path)
+    out = out.expanduser()
+    from qwenrun.quant.packfile.reader import PackReader
+
+    with PackReader.open(path) as pack, Progress("export", quiet=quiet) as progress:
+        nbytes = run(pack, out, target, progress)
+    if as_json:
+        console.document("export", 1, {"pack": str(path), "path": str(out), "to": target, "bytes": nbytes})
+    else:
+        console.say(str(out))
+    if not quiet:
+        console.note(f"wrote {out}: {console.size(nbytes)} as {target}")
 
 
 def _verify_download(download: cache.Download, *, as_json: bool, quiet: bool) -> None:

@@ -91,7 +91,7 @@ BACKENDS = ("ref", "cpu", "gpu")
 KERNELS_FOR_QUANT = ("spec", "ops", "weight")
 KERNELS_FOR_QWENRUN = ("spec", "ops", "weight", "cases", "dispatch")
 QUANT_FOR_QWENRUN = ("packfile", "recipe", "formats", "errors")
-QUANT_FOR_CLI = (*QUANT_FOR_QWENRUN, "convert", "report")
+QUANT_FOR_CLI = (*QUANT_FOR_QWENRUN, "convert", "export", "report")
 
 
 def place(module: str) -> tuple[str, str]:

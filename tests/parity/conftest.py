@@ -71,6 +71,33 @@ VARIANTS = {
         },
         text_only=True,
     ),
+    # rows that every quantized block divides
+    "dense-blocks": Variant(
+        6,
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "layer_types": [GDN, FULL],
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+        },
+    ),
+    "moe-blocks": Variant(
+        7,
+        {
+            **MOE,
+            "hidden_size": 128,
+            "layer_types": [GDN, FULL],
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "moe_intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "shared_expert_intermediate_size": 128,
+        },
+    ),
     "moe-yarn": Variant(
         5,
         {
