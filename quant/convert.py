@@ -52,6 +52,7 @@ class _Sums:
     stored_zero_rows: int = 0  # of the pack: more than those where rows were too small for the format
     carried: int = 0  # matrices whose codes were those of the checkpoint
     nbytes: int = 0
+    peak: float = 0.0  # the largest magnitude
 
     def add(self, piece: _Sums) -> None:
         self.signal += piece.signal
@@ -60,6 +61,7 @@ class _Sums:
         self.stored_zero_rows += piece.stored_zero_rows
         self.nbytes += piece.nbytes
         self.carried += piece.carried
+        self.peak = max(self.peak, piece.peak)
 
 
 def convert(
@@ -137,6 +139,7 @@ def convert(
             sums[info.name].zero_rows,
             sums[info.name].stored_zero_rows - sums[info.name].zero_rows,
             entries[info.name].assignment.note,
+            sums[info.name].peak,
         )
         for info in inventory
     )
@@ -324,7 +327,7 @@ def _expert_job(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, 
     weight = solve(formats.parse(how.format), values, tensor_scale_of(how.spec, groups))
     writer.put_expert(info.name, expert, weight.tiled() if how.spec.tile else weight)
     signal, noise, stored_zero_rows = squared_error(values, weight)
-    return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes)
+    return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes=nbytes, peak=largest.max().item())
 
 
 def _rows_job(
@@ -351,7 +354,7 @@ def _rows_job(
     weight = solve(formats.parse(how.format), values, tensor_scale)
     writer.put_rows(info.name, start, weight.tiled() if how.spec.tile else weight)
     signal, noise, stored_zero_rows = squared_error(values, weight)
-    return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes)
+    return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes=nbytes, peak=largest.max().item())
 
 
 def _checked(stored: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ SCHEMA = 1
 class Row:
     """One tensor. sqnr_db: 10 log10(sum w^2 / sum error^2), None if it was kept exactly; nmse: its inverse,
     not in decibels. zero_rows: rows of nothing but zeros in the checkpoint. lost_rows: rows that became so, too
-    small for the format."""
+    small for the format. peak_to_rms: the largest magnitude over the root of the mean square, None where it was not
+    looked at; a Gaussian matrix of a million values has about 5."""
 
     name: str
     part: str
@@ -26,6 +27,7 @@ class Row:
     zero_rows: int
     lost_rows: int
     note: str
+    peak_to_rms: float | None = None
 
 
 def make_row(
@@ -39,13 +41,15 @@ def make_row(
     zero_rows: int,
     lost_rows: int,
     note: str,
+    peak: float = 0.0,
 ) -> Row:
-    """A row from the sums of squares of the values and of their errors."""
+    """A row from the sums of squares of the values and of their errors, and the largest magnitude."""
     exact = noise == 0.0
     nmse = None if exact else noise / signal if signal else math.inf
     sqnr = None if nmse is None else -10 * math.log10(nmse) if nmse < math.inf else -math.inf
     bits = nbytes * 8 / math.prod(shape)
-    return Row(name, part, shape, form, nbytes, bits, sqnr, nmse, zero_rows, lost_rows, note)
+    ratio = peak / math.sqrt(signal / math.prod(shape)) if signal else None
+    return Row(name, part, shape, form, nbytes, bits, sqnr, nmse, zero_rows, lost_rows, note, ratio)
 
 
 @dataclass(frozen=True)

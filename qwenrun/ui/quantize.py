@@ -180,7 +180,29 @@ def render(report: Any) -> str:
                 left=2,
             )
         )
-    lines += ["", "dB: 10 log10(sum w^2 / sum error^2) of the weights, more is better; 6 dB halve the error"]
+    outliers = sorted((row for row in report.rows if row.peak_to_rms), key=lambda row: -row.peak_to_rms)[:WORST]
+    if outliers:
+        lines += ["", "outliers:"]
+        lines.append(
+            table(
+                ("tensor", "<format", "max/rms", "dB"),
+                [
+                    (
+                        row.name,
+                        row.format,
+                        f"{row.peak_to_rms:.0f}",
+                        "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+                    )
+                    for row in outliers
+                ],
+                left=2,
+            )
+        )
+    lines += [
+        "",
+        "dB: 10 log10(sum w^2 / sum error^2) of the weights, more is better; 6 dB halve the error",
+        "max/rms: a tensor's largest weight beside their root mean square; a large one makes its whole block coarse",
+    ]
     return "\n".join(lines)
 
 

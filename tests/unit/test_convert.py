@@ -21,8 +21,10 @@ from qwenrun.errors import ModelError
 from qwenrun.kernels.ops import decode
 from qwenrun.quant.errors import CheckpointError, RecipeError, StorageError
 from qwenrun.quant.packfile import journal
+from qwenrun.quant.packfile.checkpoint import Checkpoint
 from qwenrun.quant.packfile.layout import MANIFEST, read_manifest
 from qwenrun.quant.packfile.reader import PackReader, verify
+from qwenrun.ui.quantize import render
 
 Maker, Quantize = Callable[..., Path], Callable[..., Any]
 
@@ -67,8 +69,6 @@ def test_the_form_of_the_checkpoint_leaves_no_trace(
 def test_every_tensor_is_there_and_near(
     tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize, recipe: str
 ) -> None:
-    from qwenrun.quant.packfile.checkpoint import Checkpoint
-
     source = checkpoint_maker(tmp_path / "m", per_expert=True)
     report = quantize(source, tmp_path / "p", recipe)
     rows = {row.name: row for row in report.rows}
@@ -137,6 +137,27 @@ def test_zero_rows_are_a_warning(tmp_path: Path, checkpoint_maker: Maker, quanti
     zero = [row for row in report.rows if row.zero_rows]
     assert [(row.name.split(".")[3], row.zero_rows) for row in zero] == [("1", 5)]
     assert any("5 rows of zeros" in warning for warning in report.warnings)
+
+
+def test_outliers_are_told(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:
+    def change(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name.endswith("layers.1.mlp.experts.down_proj"):
+            value[2, 5, 7] = -3.0
+        return value
+
+    report = quantize(checkpoint_maker(tmp_path / "m", change=change), tmp_path / "p")
+    with Checkpoint.open(tmp_path / "m") as checkpoint:
+        for row in report.rows:
+            values = checkpoint.read(row.name).float()
+            if row.sqnr_db is None:
+                assert row.peak_to_rms is None
+            else:
+                want = values.abs().max() / values.square().mean().sqrt()
+                assert row.peak_to_rms == pytest.approx(want.item(), rel=1e-4)
+    worst = max((row for row in report.rows if row.peak_to_rms), key=lambda row: row.peak_to_rms)
+    assert worst.name.endswith("layers.1.mlp.experts.down_proj")
+    shown = render(report).partition("outliers:")[2]
+    assert worst.name in shown.splitlines()[3]
 
 
 def test_rows_that_become_zeros_are_a_warning(tmp_path: Path, checkpoint_maker: Maker, quantize: Quantize) -> None:

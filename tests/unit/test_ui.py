@@ -652,7 +652,8 @@ def test_kinds_of_tensors(name: str, kind: str) -> None:
 def row(name: str, part: str, form: str, sqnr: float | None, shape: tuple[int, ...] = (64, 32)) -> SimpleNamespace:
     nbytes = {"int4": 1024, "bf16": 4096}[form]
     nmse = None if sqnr is None else 10 ** (-sqnr / 10)
-    return SimpleNamespace(name=name, part=part, format=form, sqnr_db=sqnr, nmse=nmse, shape=shape, bytes=nbytes)
+    said = {"sqnr_db": sqnr, "nmse": nmse, "peak_to_rms": None if sqnr is None else 4.0 + sqnr}
+    return SimpleNamespace(name=name, part=part, format=form, shape=shape, bytes=nbytes, **said)
 
 
 def test_a_report_of_many_layers_stays_short() -> None:
@@ -664,7 +665,7 @@ def test_a_report_of_many_layers_stays_short() -> None:
         rows.append(row(f"{layer}post_attention_layernorm.weight", "norm", "bf16", None))
     text = quantize.render(SimpleNamespace(rows=rows))
     lines = text.splitlines()
-    assert len(lines) < 20
+    assert len(lines) < 30
     experts = next(line for line in lines if line.startswith("mlp.experts.down_proj"))
     assert experts.split()[1:] == ["int4", "48", "48.0", "KiB", "4.000", "33.5", "10.0"]
     assert next(line for line in lines if line.startswith("norm (exact)")).split()[-5:] == [
@@ -676,6 +677,8 @@ def test_a_report_of_many_layers_stays_short() -> None:
     ]
     worst = lines[lines.index("worst:") + 3 :][:5]
     assert [line.split()[2] for line in worst] == ["10.0", "11.0", "12.0", "13.0", "14.0"]
+    outliers = lines[lines.index("outliers:") + 3 :][:5]
+    assert [line.split()[2] for line in outliers] == ["61.0", "60.0", "59.0", "58.0", "57.0"]
 
 
 def test_many_warnings_are_cut_short() -> None:
@@ -799,7 +802,7 @@ def test_every_command_has_help_with_its_example_first(
     import typer
 
     names = list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-    kept = ["pull", "ls", "du", "rm", "verify", "show"]
+    kept = ["pull", "ls", "du", "rm", "verify", "show", "export"]
     assert names == ["quantize", "chat", "vram", "bench", "eval", *kept, "doctor", "selftest"]
     for arguments in ([], ["--help"], *([name, "-h"] for name in names)):
         assert run_main(monkeypatch, *arguments) == 0
