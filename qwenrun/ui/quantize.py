@@ -190,7 +190,7 @@ def render(report: Any) -> str:
                     (
                         row.name,
                         row.format,
-                        f"{row.peak_to_rms:.0f}",
+                        f"{row.peak_to_rms:.1f}",
                         "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
                     )
                     for row in outliers
