@@ -91,12 +91,6 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes.")]
-Recipe = Annotated[
-    str,
-    typer.Option(
-        "--recipe", metavar="RECIPE", help="balanced, nvfp4, int4, bf16, or a TOML file.", autocompletion=_recipes
-    ),
-]
 Ram = Annotated[
     str | None,
     typer.Option(
@@ -146,7 +140,16 @@ def quantize(
         str | None,
         typer.Option("--revision", metavar="R", help="A branch, a tag or a commit of the hub's.", show_default="main"),
     ] = None,
-    recipe: Recipe = "balanced",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="balanced, nvfp4, int4, bf16, or a TOML file.",
+            show_default="balanced; nvfp4 if SRC is",
+            autocompletion=_recipes,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace PACK if it is there already.")] = False,
     json: Json = False,
     quiet: Quiet = False,

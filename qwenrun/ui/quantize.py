@@ -18,7 +18,7 @@ from qwenrun.errors import ModelError, UsageError
 from qwenrun.hub import cache
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import match
-from qwenrun.quant.recipe import Recipe
+from qwenrun.quant.recipe import DEFAULT, Recipe
 from qwenrun.ui import console
 from qwenrun.ui.models import find_download, find_zoo, is_pack
 from qwenrun.ui.progress import Progress
@@ -34,19 +34,21 @@ def quantize(
     out: Path,
     *,
     revision: str | None,
-    recipe: str,
+    recipe: str | None,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Convert the folder, download or model of the hub `name` into the pack `out`; the report of `convert` goes to
-    stdout."""
-    chosen, out = Recipe.load(recipe), out.expanduser()
+    stdout. recipe: None takes the one that suits the checkpoint."""
+    chosen, out = Recipe.load(recipe or DEFAULT), out.expanduser()
     with (
         _opened(name, revision, out, force, quiet) as (source, checkpoint),
         Progress("quantize", quiet=quiet) as progress,
     ):
         config = ModelConfig.from_folder(source)
+        if recipe is None and checkpoint.imported == "NVFP4":
+            chosen = Recipe.load("nvfp4")  # carries the experts over as they are
         matched = match(config, checkpoint.tensors, name)
         try:
             report = convert(

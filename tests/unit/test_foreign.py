@@ -19,9 +19,12 @@ from torch import Tensor
 
 from qwenrun.kernels.ops import decode
 from qwenrun.kernels.spec import BlockSpec
+from qwenrun.quant.convert import convert
 from qwenrun.quant.errors import CheckpointError
 from qwenrun.quant.packfile.checkpoint import Checkpoint
+from qwenrun.quant.packfile.layout import read_manifest
 from qwenrun.quant.packfile.reader import PackReader
+from qwenrun.ui.quantize import quantize as quantize_command
 
 Arrays = dict[str, Tensor]
 # Config, arrays of one matrix by their endings, and what it means f32.
@@ -256,6 +259,10 @@ def test_a_checkpoint_of_quantized_experts(
             halves = [meant[f"{prefix}.{number}.{half}_proj.weight"] for half in ("gate", "up")]
             assert torch.equal(gate_up[number], torch.cat(halves))
             assert torch.equal(down[number], meant[f"{prefix}.{number}.down_proj.weight"])
+    # The recipe that a person gets who names none.
+    options: dict[str, Any] = {"revision": None, "recipe": None, "force": False, "as_json": True, "quiet": True}
+    quantize_command(convert, str(source), tmp_path / "default", **options)
+    assert read_manifest(tmp_path / "default").recipe["name"] == recipe
 
 
 @pytest.mark.parametrize(
