@@ -314,6 +314,7 @@ class Checkpoint:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        self.supply.close()
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -7,6 +7,7 @@ its hash is the hub's. Knows no recipe and no pack.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import threading
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenrun.errors import ModelError, QwenrunError
+from qwenrun.errors import ModelError, QwenrunError, UsageError
 from qwenrun.hub import remote
 from qwenrun.hub.cache import SHA256
 from qwenrun.hub.remote import File, Listing
@@ -31,8 +32,8 @@ FILES = 2
 class HubSupply:
     """Files of weights of one commit, in `folder`, at most two at a time. What `Checkpoint` calls a Supply."""
 
-    def __init__(self, listing: Listing, folder: Path, headers: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, listing: Listing, folder: Path, headers: dict[str, Any], lock: int) -> None:
+        self.folder, self._lock = folder, lock
         self._listing, self._headers = listing, headers
         self._files = {file.name: file for file in listing.files}
         sizes = sorted((file.size for name, file in self._files.items() if name in headers), reverse=True)
@@ -89,6 +90,9 @@ class HubSupply:
             self._changed.notify_all()
         if self._thread:
             self._thread.join()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _remove(self, name: str) -> None:
         for path in (self.folder / name, self.folder / self._files[name].digest):
@@ -143,8 +147,6 @@ def open_remote(repo: str, revision: str, folder: Path) -> Checkpoint:
 
     Raises ModelError, QwenrunError (no network, a full disk), CheckpointError (what came is no checkpoint).
     """
-    from qwenrun.quant.packfile.checkpoint import INDEX, SINGLE, Checkpoint
-
     listing = remote.describe(repo, revision)
     shards = [file for file in listing.files if file.name.endswith(".safetensors")]
     small = [file for file in listing.files if file not in shards]
@@ -153,14 +155,36 @@ def open_remote(repo: str, revision: str, folder: Path) -> Checkpoint:
             raise ModelError(f"{repo}: the hub does not say what the sha256 of {file.name} is")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
+            # some network file systems lock no folders
         # Left by a run for another commit.
         for path in folder.iterdir():
             if path.name.removesuffix(remote.PARTIAL) not in {f.digest for f in listing.files}:
                 path.unlink()
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UsageError(f"another process is fetching into {folder}", "wait for it, or stop it") from error
     except OSError as error:
         raise QwenrunError(
             f"{folder} can't be written: {error.strerror or error}", "choose another place with -o"
         ) from error
+    try:
+        return _planned(listing, shards, small, folder, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _planned(listing: Listing, shards: list[File], small: list[File], folder: Path, lock: int) -> Checkpoint:
+    """The checkpoint, as soon as all that is small is there."""
+    from qwenrun.quant.packfile.checkpoint import INDEX, SINGLE, Checkpoint
+
+    repo = listing.repo
     with ThreadPoolExecutor(remote.WORKERS, thread_name_prefix="fetch") as pool:
         placed = [pool.submit(_place, listing, file, folder, threading.Event()) for file in small]
         headers = dict(zip((file.name for file in shards), pool.map(partial(_header, listing), shards)))
@@ -174,7 +198,7 @@ def open_remote(repo: str, revision: str, folder: Path) -> Checkpoint:
             raise ModelError(f"{repo} has no file {shard}, which its index names", f"qwenrun pull {repo}")
         return headers[shard]
 
-    return Checkpoint.open(folder, header, HubSupply(listing, folder, headers))
+    return Checkpoint.open(folder, header, HubSupply(listing, folder, headers, lock))
 
 
 def _header(listing: Listing, file: File) -> Any:

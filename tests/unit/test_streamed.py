@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from fake_hub import FakeHub, drop, ignores_range, longer, status, truncated, wrong
 
-from qwenrun.errors import ModelError, QwenrunError
+from qwenrun.errors import ModelError, QwenrunError, UsageError
 from qwenrun.hub import remote
+from qwenrun.hub.stream import open_remote
 from qwenrun.quant.convert import convert
 from qwenrun.quant.errors import QuantError, StorageError
 from qwenrun.quant.packfile import journal
@@ -204,6 +205,14 @@ def test_a_stopped_run_fetches_only_what_it_needs(hub: FakeHub, tmp_path: Path) 
     # Two requests for each header, one for a file that is fetched.
     assert sum(request.endswith(names[0]) for request in fetched) == 2
     assert sum(request.endswith(names[-1]) for request in fetched) == 3
+    check_same(tmp_path / "p", tmp_path / "m", tmp_path)
+
+
+def test_one_process_at_a_time(hub: FakeHub, tmp_path: Path) -> None:
+    source = tmp_path / ".p.partial/source"
+    with open_remote(REPO, "main", source), pytest.raises(UsageError, match="another process is fetching"):
+        make(tmp_path / "p")
+    make(tmp_path / "p")
     check_same(tmp_path / "p", tmp_path / "m", tmp_path)
 
 
