@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fake_hub import FakeHub
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,22 @@ def real_tokenizer_folder(request: pytest.FixtureRequest) -> Path:
         spec.loader.exec_module(module)
         module.build(folder)
     return folder
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub on this machine that the program is pointed to, with nothing on it yet; waits are short."""
+    from qwenrun.hub import remote
+
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(remote, "TIMEOUT", 2.0)
+    with FakeHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
 
 
 TINY_CONFIG: dict[str, Any] = {

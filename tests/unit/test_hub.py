@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,17 +34,9 @@ def files(seed: int = 1) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(remote, "WAIT", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.05)
-    monkeypatch.setattr(remote, "TIMEOUT", 2.0)
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        server.publish(REPO, files())
-        yield server
+def hub(fake_hub: FakeHub) -> FakeHub:
+    fake_hub.publish(REPO, files())
+    return fake_hub
 
 
 def check(found: cache.Download, seed: int = 1) -> None:

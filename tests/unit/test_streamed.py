@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import pytest
 from fake_hub import FakeHub, drop, ignores_range, longer, status, truncated, wrong
 
 from qwenrun.errors import ModelError, QwenrunError, UsageError
-from qwenrun.hub import remote
 from qwenrun.hub.stream import open_remote
 from qwenrun.quant.convert import convert
 from qwenrun.quant.errors import QuantError, StorageError
@@ -33,18 +32,10 @@ Maker = Callable[..., Path]
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_maker: Maker) -> Iterator[FakeHub]:
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(remote, "WAIT", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.05)
-    monkeypatch.setattr(remote, "TIMEOUT", 2.0)
+def hub(fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_maker: Maker) -> FakeHub:
     monkeypatch.setattr(journal, "COMMIT_SECONDS", 0.0)
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        server.publish(REPO, published(checkpoint_maker(tmp_path / "m", shards=5)))
-        yield server
+    fake_hub.publish(REPO, published(checkpoint_maker(tmp_path / "m", shards=5)))
+    return fake_hub
 
 
 def published(folder: Path) -> dict[str, bytes]:
