@@ -12,7 +12,9 @@ setup(
     ext_modules=[
         Extension(
             "qwenrun.kernels.cpu._kernels",
-            sources=[f"{SOURCES}/{name}.cpp" for name in ("kernels", "layer", "pool", "tiles_avx2", "tiles_avx512")],
+            sources=[
+                f"{SOURCES}/{name}.cpp" for name in ("fit", "kernels", "layer", "pool", "tiles_avx2", "tiles_avx512")
+            ],
             depends=[f"{SOURCES}/{name}.h" for name in HEADERS],
             language="c++",
             # Instruction sets are chosen function by function, at run time: the library runs on any CPU.

@@ -25,6 +25,7 @@ FACTORIES = {"linears": 3, "swiglu": 3, "moe_entry": 8}
 OPS = (
     "encode",
     "decode",
+    "fit",
     "linear",
     "linears",
     "swiglu",
@@ -73,6 +74,26 @@ def encode(
 def decode(weight: Weight) -> Tensor:
     """The values of an encoded matrix: float32 [..., N, K]."""
     return pick("decode", weight.codes.device.type, weight.spec)(weight)
+
+
+def fit(
+    blocks: Tensor,
+    starts: Tensor,
+    plain: Tensor,
+    low: float,
+    high: float,
+    zeros: Tensor | None = None,
+    plain_zero: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scales and integer codes for n blocks of values: the best of some trial scales, improved by least squares.
+
+    blocks: float32 [block, n], finite, a block a column. starts: trial scales, float32 [trials, n]. plain: a float16's
+    value in float32 [n], taken where nothing found is better after all rounding. low, high: the codes' range. zeros
+    [trials, n] and plain_zero [n], float32: each trial's zero points, for codes that have them (0..15).
+    Returns scales float16 [n], codes float32 [block, n], zero points included, and these, float32 [n], or None. The
+    bits are the same on every machine.
+    """
+    return pick("fit", blocks.device.type)(blocks, starts, plain, low, high, zeros, plain_zero)
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:

@@ -23,7 +23,7 @@ from qwenrun.kernels.dispatch import Backend
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
-VERSION = 3
+VERSION = 4
 # A library to load in place of the installed one: one with sanitizers, say.
 LIBRARY_ENV = "QWENRUN_CPU_LIBRARY"
 _CODES = {"int4": 0, "int8": 1, "e2m1": 2, "bf16": 3}
@@ -44,6 +44,7 @@ class _Matrix(ctypes.Structure):
 
 
 _WITHOUT_FORMAT = (
+    "fit",
     "linears",
     "swiglu",
     "moe_entry",
@@ -94,6 +95,7 @@ def library() -> ctypes.CDLL | str:
         "conv": [pointer, pointer, pointer, *[number] * 3, pointer],
         "delta_rule": [*[pointer] * 6, *[number] * 8, pointer],
         "attention": [*[pointer] * 5, ctypes.c_int32, *[number] * 5, real, pointer],
+        "fit": [pointer, number, number, pointer, number, *[pointer] * 3, real, real, *[pointer] * 3],
         "top_k": [pointer, *[number] * 3, pointer, pointer],
     }.items():
         function = getattr(lib, f"qwenrun_cpu_{name}")
@@ -166,6 +168,34 @@ def _described(w: Weight) -> _Matrix:
 
 def _float_rows(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+# Values of a block that the kernel has room for.
+LARGEST_BLOCK = 256
+
+
+def fit(
+    blocks: Tensor,
+    starts: Tensor,
+    plain: Tensor,
+    low: float,
+    high: float,
+    zeros: Tensor | None = None,
+    plain_zero: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `qwenrun.kernels.ops.fit`."""
+    block, count = blocks.shape
+    if block > LARGEST_BLOCK:
+        return ref.fit(blocks, starts, plain, low, high, zeros, plain_zero)
+    given = [None if each is None else each.float().contiguous() for each in (blocks, starts, zeros, plain, plain_zero)]
+    at = [None if each is None else each.data_ptr() for each in given]
+    scales, codes = torch.empty(count, dtype=torch.float16), torch.empty(block, count)
+    zero = None if zeros is None else torch.empty(count)
+    out = None if zero is None else zero.data_ptr()
+    _lib().qwenrun_cpu_fit(
+        at[0], block, count, at[1], len(starts), *at[2:], low, high, scales.data_ptr(), out, codes.data_ptr()
+    )
+    return scales, codes, zero
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:

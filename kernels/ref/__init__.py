@@ -14,6 +14,7 @@ from qwenrun.kernels.ref.attention import apply_rope, attention, decode_attentio
 from qwenrun.kernels.ref.choice import largest
 from qwenrun.kernels.ref.codec import decode, encode
 from qwenrun.kernels.ref.delta import conv, delta_rule
+from qwenrun.kernels.ref.fit import fit
 from qwenrun.kernels.ref.linear import embedding, experts, linear
 from qwenrun.kernels.ref.norms import gated_rms_norm, rms_norm
 
@@ -38,6 +39,7 @@ __all__ = [
     "embedding",
     "encode",
     "experts",
+    "fit",
     "gated_rms_norm",
     "largest",
     "linear",

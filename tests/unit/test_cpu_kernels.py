@@ -297,3 +297,29 @@ def test_avx512_gives_the_bits_of_avx2(tmp_path: Path) -> None:
         assert out[0] == name
         said[name] = out[1]
     assert said["avx512-vnni"] == said["avx2"]
+
+
+@pytest.mark.parametrize("block", [2, 16, 32, 100, 128, 256, 300])
+@pytest.mark.parametrize("zero", [False, True])
+def test_fit_has_the_references_bits(block: int, zero: bool) -> None:
+    """Packs are the same on every machine: not near, equal. Also where scales overflow, vanish or are infinite."""
+    seed = random.randrange(1 << 31)
+    torch.manual_seed(seed)
+    for count in (1, 7, 8, 9, 501):
+        blocks = torch.randn(block, count) * 0.02
+        blocks[:, ::5] = 0
+        blocks[:, 3::7] *= 1e-40
+        blocks[:, 4::7] *= 1e9
+        blocks[-1, 6::7] = 3e38
+        magnitude = blocks.abs().amax(0)
+        starts = magnitude * torch.rand(5, 1) / 7
+        starts[0] *= -1
+        plain = (magnitude / 7).clamp(max=65504).half().float()
+        zeros = torch.randint(0, 16, (5, count)).float() if zero else None
+        low, high = (0.0, 15.0) if zero else (-8.0, 7.0)
+        arguments = (blocks, starts, plain, low, high, zeros, None if zeros is None else zeros[2])
+        for got, want in zip(cpu.fit(*arguments), ref.fit(*arguments)):
+            assert (got is None) == (want is None)
+            if got is not None:
+                same = (got == want) | (got.isnan() & want.isnan())
+                assert bool(same.all()), f"seed {seed}, {count} blocks: {(~same).nonzero()[:4].tolist()}"
