@@ -191,9 +191,9 @@ def _run(
 ) -> tuple[dict[str, _Sums], dict[str, str]]:
     """Every piece is read, solved and written by one of `threads` threads, begun at most two pieces ahead.
 
-    Returns the sums by tensor, and the sha256 of every file the tensors are in. A file of a folder is hashed when its
-    first tensor's turn comes: its tensors then come from the page cache, and the disk is read once. A file that the
-    supply brings is given back when its last tensor is written.
+    Returns the sums by tensor, and the sha256 of every file the tensors are in, unless the supply knows it. A file of
+    a folder is hashed when its first tensor's turn comes: its tensors then come from the page cache, and the disk is
+    read once. A file that the supply brings is given back when its last tensor is written.
     """
     supply = checkpoint.supply
     sums = {entry.info.name: _Sums() for entry in entries}
@@ -223,11 +223,6 @@ def _run(
         sums[name].add(piece)
         advance(piece.nbytes, name)
 
-    def sha256_of(shard: str) -> str:
-        if (known := supply.known(shard)) is not None:
-            return known[0]
-        return _source_sha256(checkpoint.folder / shard, stop)
-
     # Each piece is computed by one thread: that scales better than several threads in every small step.
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -246,8 +241,8 @@ def _run(
                         else:
                             supply.wait()
                     for shard in needs[name]:
-                        if shard not in hashes:
-                            hashes[shard] = pool.submit(sha256_of, shard)
+                        if shard not in hashes and supply.known(shard) is None:
+                            hashes[shard] = pool.submit(_source_sha256, checkpoint.folder / shard, stop)
                     for key, job in _jobs(checkpoint, writer, entry):
                         waiting.append((key, name, pool.submit(job)))
                         while len(waiting) > 2 * threads:

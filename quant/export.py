@@ -9,7 +9,6 @@ Source of the layout: compressed-tensors' `pack-quantized` and `nvfp4-pack-quant
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -24,18 +23,19 @@ import torch
 from torch import Tensor
 
 from qwenrun.kernels.ops import decode
+from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 from qwenrun.quant.errors import RecipeError, StorageError
 from qwenrun.quant.packfile.checkpoint import INDEX
 from qwenrun.quant.packfile.layout import KINDS, SIDE_FILES
 from qwenrun.quant.packfile.reader import PackReader
-from qwenrun.quant.packfile.safetensors import build_header
+from qwenrun.quant.packfile.safetensors import SIZES, build_header
+from qwenrun.quant.packfile.writer import sync, tensor_bytes, work_folder
 
 BF16, COMPRESSED = "bf16", "compressed-tensors"
 TARGETS = (BF16, COMPRESSED)
 SHARD_BYTES = 4 << 30
 _PIECE_VALUES = 4 << 20
-_WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1}
 
 # progress(done bytes, of how many, the tensor's name)
 Progress = Callable[[int, int, str], None]
@@ -52,7 +52,7 @@ class _Array:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * _WIDTH[self.dtype]
+        return prod(self.shape) * SIZES[self.dtype]
 
 
 def export(pack: PackReader, out: Path, target: str, progress: Progress | None = None) -> int:
@@ -70,7 +70,7 @@ def export(pack: PackReader, out: Path, target: str, progress: Progress | None =
     plain: list[str] = []
     arrays = list(_arrays(pack, target, groups, plain))
     total = sum(array.nbytes for array in arrays)
-    work = out.with_name(f".{out.name}.partial")
+    work = work_folder(out)
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -88,10 +88,10 @@ def export(pack: PackReader, out: Path, target: str, progress: Progress | None =
             if name in pack.manifest.files:
                 shutil.copyfile(pack.path / name, work / name)
         for path in work.iterdir():
-            _sync(path)
-        _sync(work)
+            sync(path)
+        sync(work)
         os.rename(work, out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise StorageError(f"{out} can't be written: {error.strerror or error}", "free some space") from error
     finally:
@@ -113,14 +113,14 @@ def _write(arrays: list[_Array], folder: Path, total: int, progress: Progress | 
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # The widest first: each begins at a multiple of its width.
-        shard = sorted(shard, key=lambda array: -_WIDTH[array.dtype])
+        shard = sorted(shard, key=lambda array: -SIZES[array.dtype])
         header, _ = build_header({array.name: (array.dtype, array.shape, array.nbytes) for array in shard})
         with (folder / name).open("wb") as file:
             file.write(header)
             for array in shard:
                 weight_map[array.name] = name
                 for piece in array.pieces():
-                    file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    file.write(tensor_bytes(piece))
                 done += array.nbytes
                 if progress:
                     progress(done, total, array.name)
@@ -141,7 +141,8 @@ def _arrays(pack: PackReader, target: str, groups: dict[str, list[str]], plain: 
             yield _Array(name, entry.info.dtype, entry.info.shape, lambda kept=kept: iter([kept]))  # type: ignore[misc]
             continue
         get = lambda name=name: pack.weight(name)  # noqa: E731
-        yield from _matrix(name, entry.assignment.format, get, target, entry.info.part, groups, plain)
+        (rows, cols), form = entry.info.shape, entry.assignment.format
+        yield from _matrix(name, form, entry.spec, rows, cols, get, target, entry.info.part, groups, plain)
     for prefix in pack.expert_prefixes:
         block = pack.experts(prefix)
         for expert in range(block.down.lead[0]):
@@ -160,7 +161,7 @@ def _arrays(pack: PackReader, target: str, groups: dict[str, list[str]], plain: 
                             one.tensor_scale = one.tensor_scale.clone()
                         return _rows(one.row_major(), place * rows, (place + 1) * rows)
 
-                    yield from _matrix(name, form, get, target, "routed", groups, plain)
+                    yield from _matrix(name, form, stack.spec, rows, stack.cols, get, target, "routed", groups, plain)
 
 
 def _rows(weight: Weight, start: int, stop: int) -> Weight:
@@ -174,14 +175,16 @@ def _rows(weight: Weight, start: int, stop: int) -> Weight:
 def _matrix(
     name: str,
     form: str,
+    spec: BlockSpec,
+    rows: int,
+    cols: int,
     get: Callable[[], Weight],
     target: str,
     part: str,
     groups: dict[str, list[str]],
     plain: list[str],
 ) -> Iterator[_Array]:
-    weight = get()
-    spec, rows, cols, base = weight.spec, weight.rows, weight.cols, name.removesuffix(".weight")
+    base = name.removesuffix(".weight")
     coded = target == COMPRESSED and not spec.plain and part not in ("embedding", "lm_head")
     if not coded:
         plain.append(base)
@@ -281,12 +284,3 @@ def _kind(name: str) -> str:
 def _patterns(names: list[str], others: set[str]) -> list[str]:
     """Few patterns for many names; where one would take in others too, the names themselves."""
     return list(dict.fromkeys(name if _kind(name) in others else f"re:{_kind(name)}$" for name in names))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

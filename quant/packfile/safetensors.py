@@ -31,9 +31,9 @@ DTYPES = {
     "F8_E4M3": (torch.float8_e4m3fn, 1),
 }
 # Also the types nobody asks for, so that a file that holds them is still read and named rightly.
-_SIZES = {name: width for name, (_, width) in DTYPES.items()}
-_SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
-_SIZES |= {"F64": 8, "I64": 8, "U64": 8}
+SIZES = {name: width for name, (_, width) in DTYPES.items()}
+SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
+SIZES |= {"F64": 8, "I64": 8, "U64": 8}
 _REPAIR = "download the file again"
 
 
@@ -91,7 +91,7 @@ def parse_header(text: bytes, file_size: int, where: str) -> dict[str, Entry]:
         if not isinstance(entry, dict):
             raise fail(f"{name}: not described")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        width = _SIZES.get(dtype) if isinstance(dtype, str) else None
+        width = SIZES.get(dtype) if isinstance(dtype, str) else None
         if not isinstance(dtype, str) or width is None:
             raise fail(f"{name}: unknown dtype {dtype!r}")
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):

@@ -51,6 +51,19 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
+def lock_folder(folder: Path) -> int:
+    """A descriptor that holds the folder's lock as long as it is open. BlockingIOError if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass  # some network file systems lock no folders
+    return descriptor
+
+
 def check_target(out: Path, force: bool) -> None:
     """Raise StorageError if `out` exists, unless `force`, and then if it is anything but a pack."""
     if not out.exists() and not out.is_symlink():
@@ -130,7 +143,12 @@ class PackWriter:
         try:
             with _storage_errors(self.out):
                 self.work.mkdir(parents=True, exist_ok=True)
-                self._take_lock()
+                try:
+                    self._lock = lock_folder(self.work)
+                except BlockingIOError as error:
+                    raise StorageError(
+                        f"another process is making {self.out}", hint="wait for it, or stop it"
+                    ) from error
                 self._goes_on = bool(self._making) and Journal.is_of(self.work / "journal", self._making)
                 if not self._goes_on:
                     # Of another checkpoint, recipe or version: nothing of it can be used.
@@ -144,22 +162,11 @@ class PackWriter:
                 self._journal = Journal(self.work / "journal", self._making)
                 self.pieces = dict(self._journal.pieces)
                 for folder in (self.folder, self.work, self.work.parent):
-                    _sync_folder(folder)
+                    sync(folder)
         except BaseException as error:
             self.__exit__(type(error), error)
             raise
         return self
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.work, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            self._lock = -1
-            raise StorageError(f"another process is making {self.out}", hint="wait for it, or stop it") from error
-        except OSError:
-            pass  # some network file systems lock no folders
 
     def __exit__(self, kind: type[BaseException] | None = None, error: object = None, _: object = None) -> None:
         keep = kind is not None and bool(self._making)
@@ -234,9 +241,9 @@ class PackWriter:
                 for part, tensor in values.parts.items():
                     at = self._starts[f"{name}.{part}"]
                     row = 0 if part == "tensor_scale" else start // values.spec.group * _row_bytes(tensor)
-                    self._write(DENSE, at + row, _bytes(tensor))
+                    self._write(DENSE, at + row, tensor_bytes(tensor))
             else:
-                self._write(DENSE, self._starts[name] + start * _row_bytes(values), _bytes(values))
+                self._write(DENSE, self._starts[name] + start * _row_bytes(values), tensor_bytes(values))
 
     def put_expert(self, name: str, expert: int, weight: Weight) -> None:
         """One expert's matrix of a fused tensor `...experts.gate_up_proj` or `...down_proj`."""
@@ -246,7 +253,7 @@ class PackWriter:
             for piece in layout.slices:
                 if piece.kind == kind:
                     at = expert * layout.record_size + piece.offset
-                    self._write(expert_file(prefix), at, _bytes(weight.parts[piece.part]))
+                    self._write(expert_file(prefix), at, tensor_bytes(weight.parts[piece.part]))
 
     def finish(
         self,
@@ -276,7 +283,7 @@ class PackWriter:
                 file.write(document)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(self.folder)
+            sync(self.folder)
             if self.out.exists():
                 # Renamed away first: a folder can't be replaced in one step, but at no time is it half a pack.
                 old = self.work / "replaced"
@@ -285,7 +292,7 @@ class PackWriter:
                 os.rename(self.folder, self.out)
             else:
                 os.rename(self.folder, self.out)
-            _sync_folder(self.out.parent)
+            sync(self.out.parent)
 
 
 class _storage_errors:
@@ -324,7 +331,8 @@ def file_digests(
     return digest.hexdigest(), tuple(sums)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
@@ -332,8 +340,9 @@ def _row_bytes(tensor: Tensor) -> int:
     return tensor[0].numel() * tensor.element_size() if tensor.dim() else tensor.element_size()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

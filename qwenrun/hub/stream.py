@@ -7,7 +7,6 @@ its hash is the hub's. Knows no recipe and no pack.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import threading
@@ -147,6 +146,8 @@ def open_remote(repo: str, revision: str, folder: Path) -> Checkpoint:
 
     Raises ModelError, QwenrunError (no network, a full disk), CheckpointError (what came is no checkpoint).
     """
+    from qwenrun.quant.packfile.writer import lock_folder
+
     listing = remote.describe(repo, revision)
     shards = [file for file in listing.files if file.name.endswith(".safetensors")]
     small = [file for file in listing.files if file not in shards]
@@ -155,19 +156,12 @@ def open_remote(repo: str, revision: str, folder: Path) -> Checkpoint:
             raise ModelError(f"{repo}: the hub does not say what the sha256 of {file.name} is")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise
-            # some network file systems lock no folders
+        lock = lock_folder(folder)
         # Left by a run for another commit.
         for path in folder.iterdir():
             if path.name.removesuffix(remote.PARTIAL) not in {f.digest for f in listing.files}:
                 path.unlink()
     except BlockingIOError as error:
-        os.close(lock)
         raise UsageError(f"another process is fetching into {folder}", "wait for it, or stop it") from error
     except OSError as error:
         raise QwenrunError(

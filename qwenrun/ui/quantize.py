@@ -20,6 +20,7 @@ from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import match
 from qwenrun.quant.recipe import DEFAULT, Recipe
 from qwenrun.ui import console
+from qwenrun.ui.hub import repo_of
 from qwenrun.ui.models import find_download, find_zoo, is_pack
 from qwenrun.ui.progress import Progress
 from qwenrun.ui.tables import table
@@ -43,10 +44,9 @@ def quantize(
     stdout. recipe: None takes the one that suits the checkpoint."""
     chosen, out = Recipe.load(recipe or DEFAULT), out.expanduser()
     with (
-        _opened(name, revision, out, force, quiet) as (source, checkpoint),
+        _opened(name, revision, out, force, quiet) as (config, checkpoint),
         Progress("quantize", quiet=quiet) as progress,
     ):
-        config = ModelConfig.from_folder(source)
         if recipe is None and checkpoint.imported == "NVFP4":
             chosen = Recipe.load("nvfp4")  # carries the experts over as they are
         matched = match(config, checkpoint.tensors, name)
@@ -80,8 +80,8 @@ def quantize(
 
 
 @contextmanager
-def _opened(name: str, revision: str | None, out: Path, force: bool, quiet: bool) -> Iterator[tuple[Path, Any]]:
-    """(folder, open checkpoint) of what a person calls `name`: a folder, a download, else a model of the hub."""
+def _opened(name: str, revision: str | None, out: Path, force: bool, quiet: bool) -> Iterator[tuple[ModelConfig, Any]]:
+    """(config, open checkpoint) of what a person calls `name`: a folder, a download, else a model of the hub."""
     source = Path(name).expanduser()
     if not source.exists() and (download := find_download(name, revision or "main")):
         source = download.folder
@@ -96,23 +96,23 @@ def _opened(name: str, revision: str | None, out: Path, force: bool, quiet: bool
     if is_pack(source):
         raise ModelError(f"{source} is a pack already", "give the Hugging Face folder it was made from")
     if source.exists():
-        ModelConfig.from_folder(source)  # says what is wrong before torch is there
+        config = ModelConfig.from_folder(source)  # says what is wrong before torch is there
         from qwenrun.quant.packfile.checkpoint import Checkpoint
 
         with Checkpoint.open(source) as checkpoint:
-            yield source, checkpoint
+            yield config, checkpoint
         return
     from qwenrun.hub import stream
     from qwenrun.quant.packfile.writer import check_target, work_folder
 
     check_target(out, force)
-    repo = name if cache.is_repo(name) else f"Qwen/{find_zoo(name)}"
+    repo = repo_of(name)
     folder = work_folder(out) / "source"
     with stream.open_remote(repo, revision or "main", folder) as checkpoint:
         if not quiet:
             at = str(checkpoint.supply.origin()["revision"])[:12]
             console.note(f"{repo} at {at}: {len(checkpoint.shards)} files of weights, fetched while they are quantized")
-        yield folder, checkpoint
+        yield ModelConfig.from_folder(folder), checkpoint
 
 
 @dataclass(frozen=True)
