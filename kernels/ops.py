@@ -77,23 +77,28 @@ def decode(weight: Weight) -> Tensor:
 
 
 def fit(
-    blocks: Tensor,
-    starts: Tensor,
-    plain: Tensor,
-    low: float,
-    high: float,
-    zeros: Tensor | None = None,
-    plain_zero: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scales and integer codes for n blocks of values: the best of some trial scales, improved by least squares.
+    values: Tensor,
+    spec: BlockSpec,
+    trials: Sequence[tuple[float, float]],
+    tensor_scale: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> tuple[Weight, Tensor]:
+    """Encode a matrix with the scales that, of those tried, leave the least squared error in each block.
 
-    blocks: float32 [block, n], finite, a block a column. starts: trial scales, float32 [trials, n]. plain: a float16's
-    value in float32 [n], taken where nothing found is better after all rounding. low, high: the codes' range. zeros
-    [trials, n] and plain_zero [n], float32: each trial's zero points, for codes that have them (0..15).
-    Returns scales float16 [n], codes float32 [block, n], zero points included, and these, float32 [n], or None. The
-    bits are the same on every machine.
+    values: float32 [N, K], finite. spec: int4 or int8 with float16 scales, or e2m1 with E4M3 scales and, then,
+    tensor_scale: float32 [T]. importance: float32 [K], finite and above 0: what an error in each column counts (the
+    mean square of what is multiplied with it, say); all the same by default.
+
+    trials: for integers pairs (c, s): the scale that puts a block's largest magnitude at code c, times s (below 1 the
+    largest values are clipped and the rest is finer); with c < 0 its sign is the one that puts the extreme value
+    there; with zero points and c > 8 it is the range from the smallest to the largest value that has c steps. The
+    best is improved by least squares. For e2m1 (steps, 0): E4M3 codes counted from the plain rule's, in whole numbers.
+    The plain rule (`encode`) is always tried.
+
+    Returns the weight and float32 [N], the sum of each row's squared errors. The bits are the same on every machine.
+    Raises ValueError for a spec that has no search or a block that does not divide K.
     """
-    return pick("fit", blocks.device.type)(blocks, starts, plain, low, high, zeros, plain_zero)
+    return pick("fit", values.device.type, spec)(values, spec, trials, tensor_scale, importance)
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:

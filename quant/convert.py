@@ -33,7 +33,7 @@ from qwenrun.quant.packfile.layout import SIDE_FILES, Manifest, TensorEntry
 from qwenrun.quant.packfile.writer import PackWriter, file_sha256
 from qwenrun.quant.recipe import DTYPE_BYTES, KEEP, Recipe, TensorInfo, stored_bytes
 from qwenrun.quant.report import Report, make_row
-from qwenrun.quant.solve import solve, squared_error, tensor_scale_of
+from qwenrun.quant.solve import solve, tensor_scale_of
 
 # Weights read and solved at a time, per job; an expert is always one job.
 PIECE_VALUES = 4 << 20
@@ -319,10 +319,9 @@ def _expert_job(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, 
         writer.put_expert(info.name, expert, Weight.plain(stored.to(TORCH_DTYPES[info.dtype])))
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     groups = largest.unflatten(0, (info.tensor_scales, -1)).amax(1)
-    weight = solve(formats.parse(how.format), values, tensor_scale_of(how.spec, groups))
-    writer.put_expert(info.name, expert, weight.tiled() if how.spec.tile else weight)
-    signal, noise, stored_zero_rows = squared_error(values, weight)
-    return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes=nbytes, peak=largest.max().item())
+    made = solve(formats.parse(how.format), values, tensor_scale_of(how.spec, groups), tile=how.spec.tile)
+    writer.put_expert(info.name, expert, made.weight)
+    return _Sums(made.signal, made.noise, zero_rows, made.zero_rows, nbytes=nbytes, peak=largest.max().item())
 
 
 def _rows_job(
@@ -346,16 +345,15 @@ def _rows_job(
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     if how.spec.tensor_scale and tensor_scale is None:
         tensor_scale = tensor_scale_of(how.spec, largest.max()[None])
-    weight = solve(formats.parse(how.format), values, tensor_scale)
-    writer.put_rows(info.name, start, weight.tiled() if how.spec.tile else weight)
-    signal, noise, stored_zero_rows = squared_error(values, weight)
-    return _Sums(signal, noise, zero_rows, stored_zero_rows, nbytes=nbytes, peak=largest.max().item())
+    made = solve(formats.parse(how.format), values, tensor_scale, tile=how.spec.tile)
+    writer.put_rows(info.name, start, made.weight)
+    return _Sums(made.signal, made.noise, zero_rows, made.zero_rows, nbytes=nbytes, peak=largest.max().item())
 
 
 def _checked(stored: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """(the values in float32, the largest magnitude of each row); CheckpointError if one is NaN or infinite."""
     values = stored.float()
-    largest = values.abs().flatten(1).amax(1) if values.dim() > 1 else values.abs()
+    largest = torch.linalg.vector_norm(values.flatten(1), torch.inf, dim=1) if values.dim() > 1 else values.abs()
     # The maximum of a row with a NaN is NaN.
     if not torch.isfinite(largest).all():
         bad = int((~torch.isfinite(values)).sum())

@@ -21,15 +21,17 @@ from torch import Tensor
 from qwenrun.kernels import ref
 from qwenrun.kernels.dispatch import Backend
 from qwenrun.kernels.spec import BlockSpec
-from qwenrun.kernels.weight import Weight
+from qwenrun.kernels.weight import TORCH_DTYPES, Weight
 
-VERSION = 4
+VERSION = 5
 # A library to load in place of the installed one: one with sanitizers, say.
 LIBRARY_ENV = "QWENRUN_CPU_LIBRARY"
 _CODES = {"int4": 0, "int8": 1, "e2m1": 2, "bf16": 3}
 _SCALES = {"f16": 0, "e4m3": 1, "e8m0": 2, "": 0}
 # Columns whose products are summed before they are widened: a tiled matrix's blocks are made of whole ones.
 _SLAB = {"int4": 32, "e2m1": 16}
+# Values of a block that the search for scales has room for.
+LARGEST_BLOCK = 256
 
 
 class _Matrix(ctypes.Structure):
@@ -43,8 +45,18 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+class _Search(ctypes.Structure):
+    """`struct Search` of csrc/fit.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("values", "trials", "tensor_scale", "importance")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "noise")),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "block", "count", "tensor_scales")),
+        *((name, ctypes.c_int32) for name in ("kind", "tile")),
+    ]
+
+
 _WITHOUT_FORMAT = (
-    "fit",
     "linears",
     "swiglu",
     "moe_entry",
@@ -95,7 +107,7 @@ def library() -> ctypes.CDLL | str:
         "conv": [pointer, pointer, pointer, *[number] * 3, pointer],
         "delta_rule": [*[pointer] * 6, *[number] * 8, pointer],
         "attention": [*[pointer] * 5, ctypes.c_int32, *[number] * 5, real, pointer],
-        "fit": [pointer, number, number, pointer, number, *[pointer] * 3, real, real, *[pointer] * 3],
+        "fit": [pointer],
         "top_k": [pointer, *[number] * 3, pointer, pointer],
     }.items():
         function = getattr(lib, f"qwenrun_cpu_{name}")
@@ -119,6 +131,8 @@ def _refuses(op: str, spec: BlockSpec | None) -> str:
         return "needs AVX2, FMA and F16C to be faster than the reference"
     if op in _WITHOUT_FORMAT:
         return ""
+    if op == "fit" and spec is not None and (spec.block % 8 or spec.block > LARGEST_BLOCK):
+        return f"has no fit for blocks of {spec.block}"
     if spec is None or spec.codes not in _CODES:
         return f"has no {op} for {spec.codes if spec else 'matrices without a format'}"
     if spec.tile:
@@ -170,32 +184,34 @@ def _float_rows(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
-# Values of a block that the kernel has room for.
-LARGEST_BLOCK = 256
-
-
 def fit(
-    blocks: Tensor,
-    starts: Tensor,
-    plain: Tensor,
-    low: float,
-    high: float,
-    zeros: Tensor | None = None,
-    plain_zero: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    values: Tensor,
+    spec: BlockSpec,
+    trials: Sequence[tuple[float, float]],
+    tensor_scale: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> tuple[Weight, Tensor]:
     """See `qwenrun.kernels.ops.fit`."""
-    block, count = blocks.shape
-    if block > LARGEST_BLOCK:
-        return ref.fit(blocks, starts, plain, low, high, zeros, plain_zero)
-    given = [None if each is None else each.float().contiguous() for each in (blocks, starts, zeros, plain, plain_zero)]
-    at = [None if each is None else each.data_ptr() for each in given]
-    scales, codes = torch.empty(count, dtype=torch.float16), torch.empty(block, count)
-    zero = None if zeros is None else torch.empty(count)
-    out = None if zero is None else zero.data_ptr()
-    _lib().qwenrun_cpu_fit(
-        at[0], block, count, at[1], len(starts), *at[2:], low, high, scales.data_ptr(), out, codes.data_ptr()
+    if spec.scale not in ("f16", "e4m3") or spec.tensor_scale != (tensor_scale is not None):
+        return ref.fit(values, spec, trials, tensor_scale, importance)
+    (rows, cols), own = values.shape, tensor_scale
+    count = 1 if own is None else len(own)
+    made = {
+        part.name: torch.zeros(part.shape, dtype=TORCH_DTYPES[part.dtype])
+        for part in spec.parts(rows, cols, count)
+        if part.name != "tensor_scale"
+    }
+    if own is not None:
+        own = made["tensor_scale"] = _float_rows(own)
+    noise, tried = torch.empty(rows), torch.tensor(trials, dtype=torch.float32)
+    given = [_float_rows(values), tried, own, None if importance is None else _float_rows(importance)]
+    tensors = [*given, made["codes"], made["scales"], made.get("zeros"), noise]
+    search = _Search(
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *(rows, cols, spec.block, len(trials), count, _CODES[spec.codes], spec.tile),
     )
-    return scales, codes, zero
+    _lib().qwenrun_cpu_fit(ctypes.byref(search))
+    return Weight(spec, rows, cols, **made), noise
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:

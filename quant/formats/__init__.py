@@ -1,4 +1,4 @@
-"""Formats: a name, a BlockSpec and the solver that chooses its scales. One file a family of formats.
+"""Formats: a name, a BlockSpec and the scales that are tried for it. One file a family of formats.
 
 `parse("int4-g64-zero")` finds a format by name; the families are the modules of this folder, each with
 `FORMATS` from the most to the least compact block. Knows nothing of tensors.
@@ -17,12 +17,12 @@ from qwenrun.quant.errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A format by name. family: the module it is declared in. solver: a name known to `quant.solve`."""
+    """A format by name. family: the module it is declared in. trials: those of `kernels.ops.fit`; none if plain."""
 
     name: str
     spec: BlockSpec
-    solver: str
     family: str
+    trials: tuple[tuple[float, float], ...] = ()
 
 
 @cache

@@ -5,4 +5,4 @@ from __future__ import annotations
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.quant.formats import Format
 
-FORMATS = [Format("bf16", BlockSpec("bf16"), solver="plain", family="bf16")]
+FORMATS = [Format("bf16", BlockSpec("bf16"), family="bf16")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from qwenrun.kernels.spec import BlockSpec
 from qwenrun.quant.formats import Format
 
-FORMATS = [
-    Format(f"int8-g{block}", BlockSpec("int8", block, "f16"), solver="symmetric", family="int8")
-    for block in (128, 64, 32)
-]
+TRIALS = ((127.0, 1.0), (127.0, 0.985))
+
+FORMATS = [Format(f"int8-g{block}", BlockSpec("int8", block, "f16"), "int8", TRIALS) for block in (128, 64, 32)]

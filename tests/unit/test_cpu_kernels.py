@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenrun.kernels import cpu, ref
+from qwenrun.kernels import cpu, ops, ref
 from qwenrun.kernels.cases import SPECS
 from qwenrun.kernels.dispatch import refusal
 from qwenrun.kernels.weight import Weight
+from qwenrun.quant import formats
 
 WHY = refusal("cpu", "linear", "cpu", SPECS["int4-g128"])
 pytestmark = pytest.mark.skipif(bool(WHY), reason=f"the CPU backend {WHY}")
@@ -299,27 +301,31 @@ def test_avx512_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     assert said["avx512-vnni"] == said["avx2"]
 
 
-@pytest.mark.parametrize("block", [2, 16, 32, 100, 128, 256, 300])
-@pytest.mark.parametrize("zero", [False, True])
-def test_fit_has_the_references_bits(block: int, zero: bool) -> None:
-    """Packs are the same on every machine: not near, equal. Also where scales overflow, vanish or are infinite."""
+@pytest.mark.parametrize("name", [f.name for f in formats.registry().values() if not f.spec.plain])
+@pytest.mark.parametrize("block", [0, 256, 100])  # 0: the format's own; the last is the reference's alone
+def test_fit_has_the_references_bits(name: str, block: int) -> None:
+    """Packs are the same on every machine: not near, equal. Also where scales overflow or vanish."""
     seed = random.randrange(1 << 31)
     torch.manual_seed(seed)
-    for count in (1, 7, 8, 9, 501):
-        blocks = torch.randn(block, count) * 0.02
-        blocks[:, ::5] = 0
-        blocks[:, 3::7] *= 1e-40
-        blocks[:, 4::7] *= 1e9
-        blocks[-1, 6::7] = 3e38
-        magnitude = blocks.abs().amax(0)
-        starts = magnitude * torch.rand(5, 1) / 7
-        starts[0] *= -1
-        plain = (magnitude / 7).clamp(max=65504).half().float()
-        zeros = torch.randint(0, 16, (5, count)).float() if zero else None
-        low, high = (0.0, 15.0) if zero else (-8.0, 7.0)
-        arguments = (blocks, starts, plain, low, high, zeros, None if zeros is None else zeros[2])
-        for got, want in zip(cpu.fit(*arguments), ref.fit(*arguments)):
-            assert (got is None) == (want is None)
-            if got is not None:
-                same = (got == want) | (got.isnan() & want.isnan())
-                assert bool(same.all()), f"seed {seed}, {count} blocks: {(~same).nonzero()[:4].tolist()}"
+    form = formats.parse(name)
+    spec = replace(form.spec, block=block or form.spec.block)
+    cols = spec.block * 3
+    for rows, tile in ((1, False), (7, False), (33, False), (48, False), (48, True)):
+        values = torch.randn(rows, cols) * 0.02
+        values[::5] = 0
+        values[1::9] = values[1::9].abs()
+        values[2::9] *= 1e-7
+        values[3::9] *= 1e-40
+        values[4::9] *= 1e9
+        if not spec.tensor_scale:
+            values[6::9, -1] = 3e38
+        stored = replace(spec, tile=tile and spec.codes != "int8" and spec.block % 8 == 0)
+        scales = 3 if rows % 3 == 0 else 1
+        own = values.view(scales, -1).abs().amax(1) / 2688 if spec.tensor_scale else None
+        for importance in (None, torch.rand(cols) + 0.01):
+            (got, noise), (want, noise_wanted) = (
+                fit(values, stored, form.trials, own, importance) for fit in (ops.fit, ref.fit)
+            )
+            for part, tensor in want.parts.items():
+                assert torch.equal(got.parts[part], tensor), f"seed {seed}, {rows} rows, {part}"
+            assert torch.equal(noise, noise_wanted), f"seed {seed}, {rows} rows"

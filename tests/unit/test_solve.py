@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qwenrun.kernels.ops import decode, encode
+from qwenrun.kernels.weight import Weight
 from qwenrun.quant import formats
-from qwenrun.quant.solve import solve, squared_error, tensor_scale_of
+from qwenrun.quant.solve import solve, tensor_scale_of
 
 FORMATS = ["int4-g128", "int4-g32", "int4-g64-zero", "int8-g128", "nvfp4"]
 # Decibels gained over the plain rule, at least: on Gaussian and on heavy-tailed (Student t, 4 degrees) weights.
@@ -36,15 +37,16 @@ def weights(kind: str, rows: int, cols: int, seed: int) -> Tensor:
     return normal * 0.02
 
 
-def encoded(name: str, values: Tensor):  # type: ignore[no-untyped-def]
+def encoded(name: str, values: Tensor) -> tuple[Weight, Weight]:
+    """As searched, and by the plain rule."""
     form = formats.parse(name)
     scale = tensor_scale_of(form.spec, values.abs().max()[None])
-    return solve(form, values, scale), encode(values, form.spec, tensor_scale=None)
+    return solve(form, values, scale).weight, encode(values, form.spec, tensor_scale=None)
 
 
-def sqnr(values: Tensor, weight) -> float:  # type: ignore[no-untyped-def]
-    signal, noise, _ = squared_error(values, weight)
-    return 10 * math.log10(signal / noise)
+def sqnr(values: Tensor, weight: Weight) -> float:
+    noise = (decode(weight) - values).double().square().sum()
+    return 10 * math.log10(values.double().square().sum() / noise)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy"])
@@ -77,11 +79,11 @@ def test_never_worse_on_any_block(name: str) -> None:
 def test_result_depends_on_values_alone(name: str) -> None:
     form, values = formats.parse(name), weights("gaussian", 600, 1024, 5)
     scale = tensor_scale_of(form.spec, values.abs().max()[None])
-    whole = solve(form, values, scale)
+    whole = solve(form, values, scale).weight
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        parts = [solve(form, values[a:b], scale) for a, b in ((0, 1), (1, 430), (430, 600))]
+        parts = [solve(form, values[a:b], scale).weight for a, b in ((0, 1), (1, 430), (430, 600))]
     finally:
         torch.set_num_threads(threads)
     for part, tensor in whole.parts.items():
@@ -99,7 +101,7 @@ index = torch.arange(300 * 1024, dtype=torch.int64)
 values = (((index * 48271 % 2147483647) - (index * 69621 % 2147483647)).float() * 2.0**-36).view(300, 1024)
 digest = hashlib.sha256()
 for form in formats.registry().values():
-    weight = solve(form, values, tensor_scale_of(form.spec, values.abs().max()[None]))
+    weight = solve(form, values, tensor_scale_of(form.spec, values.abs().max()[None])).weight
     for part in weight.parts.values():
         digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
@@ -156,16 +158,33 @@ def test_values_that_are_codes_already_come_back_exactly(name: str) -> None:
     form = formats.parse(name)
     values = decode(encode(weights("gaussian", 16, 512, 7), form.spec))
     scale = tensor_scale_of(form.spec, values.abs().max()[None])
-    error = (decode(solve(form, values, scale)) - values).norm() / values.norm()
+    error = (decode(solve(form, values, scale).weight) - values).norm() / values.norm()
     assert error < (3e-3 if name != "nvfp4" else 2e-2)
 
 
-def test_squared_error_is_what_it_says() -> None:
-    values = weights("gaussian", 70, 2048, 3)
+@pytest.mark.parametrize("name", [*FORMATS, "bf16"])
+def test_what_is_lost_is_what_it_says(name: str) -> None:
+    values = weights("gaussian", 80, 2048, 3)
     values[[3, 66]] = 0
     values[5] *= 1e-9
-    weight, _ = encoded("int4-g128", values)
-    signal, noise, zero_rows = squared_error(values, weight)
-    assert zero_rows == 3  # the fifth is too small for a float16 scale
-    assert signal == pytest.approx(values.double().square().sum().item())
-    assert noise == pytest.approx((decode(weight).double() - values.double()).square().sum().item(), rel=1e-4)
+    form = formats.parse(name)
+    made = solve(form, values, tensor_scale_of(form.spec, values.abs().max()[None]), tile=form.spec.codes == "int4")
+    assert made.zero_rows == (2 if name == "bf16" else 3)  # the fifth is too small for a scale
+    assert made.signal == pytest.approx(values.double().square().sum().item())
+    noise = (decode(made.weight).double() - values.double()).square().sum().item()
+    assert made.noise == pytest.approx(noise, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_importance_moves_the_error_to_where_it_counts_less(name: str) -> None:
+    seed = random.randrange(1 << 31)
+    values, form = weights("gaussian", 64, 1024, seed), formats.parse(name)
+    importance = 10 ** torch.linspace(0, 3, 1024)[torch.randperm(1024)]
+    scale = tensor_scale_of(form.spec, values.abs().max()[None])
+    even, aimed = (solve(form, values, scale, each) for each in (None, importance))
+
+    def lost(weight: Weight) -> float:
+        return float(((decode(weight) - values).double().square() * importance).sum())
+
+    assert lost(aimed.weight) < lost(even.weight), f"seed {seed}"
+    assert aimed.noise >= even.noise * (1 - 1e-6), f"seed {seed}"

@@ -662,7 +662,7 @@ void close_gates(int64_t rows, int64_t tokens, float *made) {
 extern "C" {
 
 // The version of this interface; __init__.py asks for the one it was written for.
-int32_t qwenrun_cpu_version() { return 4; }
+int32_t qwenrun_cpu_version() { return 5; }
 int32_t qwenrun_cpu_avx2() { return has_avx2(); }
 // Which instructions tiled matrices are multiplied with.
 const char *qwenrun_cpu_tiles() { return tiles() ? tiles()->name : ""; }
