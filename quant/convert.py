@@ -350,10 +350,26 @@ def _rows_job(
     return _Sums(made.signal, made.noise, zero_rows, made.zero_rows, nbytes=nbytes, peak=largest.max().item())
 
 
+_scratch = threading.local()
+
+
+def _floats(stored: Tensor) -> Tensor:
+    """In float32, in this thread's own memory until its next call: new pages would take eight times as long."""
+    buffer = getattr(_scratch, "values", None)
+    if buffer is None or buffer.numel() < stored.numel():
+        buffer = _scratch.values = torch.empty(stored.numel())
+    return buffer[: stored.numel()].view(stored.shape).copy_(stored)
+
+
 def _checked(stored: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """(the values in float32, the largest magnitude of each row); CheckpointError if one is NaN or infinite."""
-    values = stored.float()
-    largest = torch.linalg.vector_norm(values.flatten(1), torch.inf, dim=1) if values.dim() > 1 else values.abs()
+    """(the values in float32, the largest magnitude of each row); CheckpointError if one is NaN or infinite.
+
+    The values are good until this thread checks others.
+    """
+    values = _floats(stored)
+    rows = values.flatten(1) if values.dim() > 1 else values[:, None]
+    # Both together are ten times as fast as `aminmax`, and four times as a norm.
+    largest = torch.maximum(rows.amax(1), -rows.amin(1))
     # The maximum of a row with a NaN is NaN.
     if not torch.isfinite(largest).all():
         bad = int((~torch.isfinite(values)).sum())

@@ -24,8 +24,8 @@ from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 
 F16_MAX = 65504.0
-# Values worked on at a time: small enough that a trial's temporaries stay in a core's cache.
-CHUNK_VALUES = 1 << 18
+# Values worked on at a time: enough that the steps cost more than calling them, few enough to be near the core.
+CHUNK_VALUES = 1 << 19
 LARGEST_SCALE = 126  # as an E4M3 code: 448; 127 is NaN
 _SMALLEST = torch.finfo(torch.float32).tiny  # whose inverse is finite
 _EXPONENT = 0x7F800000  # of a float32
@@ -40,14 +40,14 @@ def sum_blocks(terms: Tensor) -> Tensor:
 
     torch.sum groups its additions by the machine's vector width and a column's place; this does not.
     """
-    four = terms[:4].clone()
-    for start in range(4, len(terms), 4):
-        part = terms[start : start + 4]
-        four[: len(part)] += part
+    first, *others = terms.split(4)
+    four = first.clone()
+    for part in others:
+        four[: len(part)].add_(part) if len(part) < 4 else four.add_(part)
     count = len(four)
     while count > 1:
         half = (count + 1) // 2
-        four[: count - half] += four[half:count]
+        four[: count - half].add_(four[half:count])
         count = half
     return four[0]
 
@@ -110,7 +110,7 @@ def _integers(blocks: Tensor, spec: BlockSpec, trials: Sequence[tuple[float, flo
     # -8 has no counterpart: a scale of the sign that puts the extreme value there uses the whole range.
     extreme = torch.where(top == magnitude, magnitude, -magnitude)
     top, bottom = top.clamp(min=0), bottom.clamp(max=0)
-    codes = torch.empty_like(blocks)
+    codes, terms, by = (torch.empty_like(blocks) for _ in range(3))
 
     def rounded(inverse: Tensor, zero: Tensor) -> Tensor:
         torch.mul(blocks, inverse, out=codes)
@@ -120,8 +120,8 @@ def _integers(blocks: Tensor, spec: BlockSpec, trials: Sequence[tuple[float, flo
 
     def error(step: Tensor, zero: Tensor, weighted: bool = True) -> Tensor:
         off = rounded(inverse_or_zero(step), zero).mul_(step).sub_(blocks)
-        terms = off.mul_(off)
-        return sum_blocks(terms.mul_(weights) if weights is not None and weighted else terms)
+        off.mul_(off)
+        return sum_blocks(off.mul_(weights) if weights is not None and weighted else off)
 
     best, scale = torch.zeros_like(magnitude), torch.zeros_like(magnitude)
     centre = torch.full_like(magnitude, middle)
@@ -135,8 +135,9 @@ def _integers(blocks: Tensor, spec: BlockSpec, trials: Sequence[tuple[float, flo
         else:
             start = (extreme if code < 0 else magnitude) / code * shrink
         made = rounded(inverse_or_zero(start), shift)
-        by = made if weights is None else made * weights
-        cross, square = sum_blocks(by * blocks), sum_blocks(by * made)
+        counted = made if weights is None else torch.mul(made, weights, out=by)
+        cross = sum_blocks(torch.mul(counted, blocks, out=terms))
+        square = sum_blocks(torch.mul(counted, made, out=terms))
         gain = torch.where(square > 0, cross * cross / square, 0.0)
         better = gain > best
         best = torch.where(better, gain, best)
