@@ -26,6 +26,8 @@ struct Search {
 #endif
 #include <immintrin.h>
 
+#include "floats.h"
+
 namespace {
 
 constexpr int64_t LANES = 8;
@@ -65,26 +67,6 @@ struct Block {
 
 template <bool WEIGHTED> inline V weighted(V x, const Block &b, int64_t k) {
     return WEIGHTED ? x * _mm256_broadcast_ss(b.importance + k) : x;
-}
-
-// rows[i] + 8 columns each, turned about a diagonal.
-inline void turn(const float *const *rows, int64_t at, V *to) {
-    V r[8], t[8];
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(rows[i] + at);
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
-        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
-    }
-    for (int i = 0; i < 4; i++) {
-        to[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-        to[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-    }
 }
 
 // Where the rows at..at+lanes of one block go.
@@ -296,7 +278,7 @@ template <bool WEIGHTED> V e2m1(const Block &b, const Place &place, V tensor_sca
 }
 
 template <bool WEIGHTED> void all_blocks(const Search &s) {
-    static const float nothing[MOST] = {};
+    float last[LANES * MOST]; // the rows that are left, and zeros
     Block b;
     b.size = s.block;
     for (int64_t row = 0; row < s.rows; row += LANES) {
@@ -309,10 +291,16 @@ template <bool WEIGHTED> void all_blocks(const Search &s) {
         }
         V noise = of(0);
         for (int64_t block = 0; block < s.cols / s.block; block++) {
-            const float *rows[LANES];
-            for (int64_t i = 0; i < LANES; i++)
-                rows[i] = i < lanes ? s.values + (row + i) * s.cols + block * s.block : nothing;
-            for (int64_t k = 0; k < s.block; k += 8) turn(rows, k, b.x + k);
+            const float *from = s.values + row * s.cols + block * s.block;
+            int64_t step = s.cols;
+            if (lanes < LANES) {
+                std::memset(last, 0, sizeof last);
+                for (int64_t i = 0; i < lanes; i++)
+                    std::memcpy(last + i * MOST, from + i * step, sizeof(float) * s.block);
+                from = last, step = MOST;
+            }
+            float *to = reinterpret_cast<float *>(b.x);
+            for (int64_t k = 0; k < s.block; k += 8) transpose8(from + k, step, to + k * LANES, LANES);
             if (WEIGHTED) b.importance = s.importance + block * s.block;
             const Place place{s, row, lanes, block};
             noise += s.kind == E2M1 ? e2m1<WEIGHTED>(b, place, tensor_scale) : integers<WEIGHTED>(b, place);
