@@ -33,7 +33,7 @@ from qwenrun.quant.packfile.layout import SIDE_FILES, Manifest, TensorEntry
 from qwenrun.quant.packfile.writer import PackWriter, file_sha256
 from qwenrun.quant.recipe import DTYPE_BYTES, KEEP, Recipe, TensorInfo, stored_bytes
 from qwenrun.quant.report import Report, make_row
-from qwenrun.quant.solve import solve, tensor_scale_of
+from qwenrun.quant.solve import REVISION, solve, tensor_scale_of
 
 # Weights read and solved at a time, per job; an expert is always one job.
 PIECE_VALUES = 4 << 20
@@ -152,7 +152,7 @@ def _making(checkpoint: Checkpoint, recipe: Recipe, entries: dict[str, TensorEnt
     """A hash of all that the pack's bytes and its pieces follow from."""
     files = [checkpoint.supply.identity(name) for name in checkpoint.shards]
     tensors = [[name, entry.info.shape, entry.info.dtype, entry.assignment.format] for name, entry in entries.items()]
-    said = [tool, PIECE_VALUES, checkpoint.config, recipe.to_json(), files, tensors]
+    said = [tool, REVISION, PIECE_VALUES, checkpoint.config, recipe.to_json(), files, tensors]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

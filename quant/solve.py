@@ -16,6 +16,9 @@ from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 from qwenrun.quant.formats import Format
 
+# Raised when the same matrix is encoded to other bytes than before: half a pack is not gone on with then.
+REVISION = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Solved:
