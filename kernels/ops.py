@@ -21,6 +21,8 @@ from qwenrun.kernels.weight import Weight
 
 # Ops that are given weights and give back the callable that computes: how many arguments are theirs.
 FACTORIES = {"linears": 3, "swiglu": 3, "moe_entry": 8}
+# Codes, scales, and if there are tensor scales: what `fit` can search for.
+SEARCHED = {("int4", "f16", False), ("int8", "f16", False), ("e2m1", "e4m3", True)}
 
 OPS = (
     "encode",
@@ -96,8 +98,16 @@ def fit(
     The plain rule (`encode`) is always tried.
 
     Returns the weight and float32 [N], the sum of each row's squared errors. The bits are the same on every machine.
-    Raises ValueError for a spec that has no search or a block that does not divide K.
+    Raises ValueError for a spec that has no search, a block that does not divide K, or other shapes than these.
     """
+    if (spec.codes, spec.scale, spec.tensor_scale) not in SEARCHED:
+        raise ValueError(f"no search for scales of {spec.codes} with scales {spec.scale!r}")
+    if spec.tensor_scale != (tensor_scale is not None):
+        raise ValueError(
+            f"{spec.codes} needs tensor scales" if spec.tensor_scale else f"{spec.codes} has no tensor scale"
+        )
+    if importance is not None and importance.shape != values.shape[1:]:
+        raise ValueError(f"importance of {list(importance.shape)} columns for values {list(values.shape)}")
     return pick("fit", values.device.type, spec)(values, spec, trials, tensor_scale, importance)
 
 

@@ -192,8 +192,6 @@ def fit(
     importance: Tensor | None = None,
 ) -> tuple[Weight, Tensor]:
     """See `qwenrun.kernels.ops.fit`."""
-    if spec.scale not in ("f16", "e4m3") or spec.tensor_scale != (tensor_scale is not None):
-        return ref.fit(values, spec, trials, tensor_scale, importance)
     (rows, cols), own = values.shape, tensor_scale
     count = 1 if own is None else len(own)
     made = {

@@ -43,7 +43,7 @@ def sum_blocks(terms: Tensor) -> Tensor:
     first, *others = terms.split(4)
     four = first.clone()
     for part in others:
-        four[: len(part)].add_(part) if len(part) < 4 else four.add_(part)
+        four[: len(part)].add_(part)
     count = len(four)
     while count > 1:
         half = (count + 1) // 2
@@ -67,9 +67,7 @@ def fit(
     """See `qwenrun.kernels.ops.fit`."""
     rows, cols = values.shape
     plain = replace(spec, tile=False)
-    parts = {part.name for part in spec.parts(rows, cols, 1 if tensor_scale is None else len(tensor_scale))}
-    if spec.scale not in ("f16", "e4m3") or ("tensor_scale" in parts) != (tensor_scale is not None):
-        raise ValueError(f"no search for scales of {spec.codes} with scales {spec.scale!r}")
+    spec.parts(rows, cols, 1 if tensor_scale is None else len(tensor_scale))  # refuses what does not divide
     per_row = None if tensor_scale is None else tensor_scale.repeat_interleave(rows // len(tensor_scale))
     blocks_a_row = cols // spec.block
     pieces: dict[str, list[Tensor]] = {"codes": [], "scales": [], "zeros": []}
@@ -149,9 +147,10 @@ def _integers(blocks: Tensor, spec: BlockSpec, trials: Sequence[tuple[float, flo
         plain_zero = torch.where(plain > 0, -bottom / plain, 0.0).clamp_(0, 15).round_()
     else:
         plain, plain_zero = _f16(magnitude / most), centre
-    worse = error(plain, plain_zero) < error(found, zero)
+    simple, noise = error(plain, plain_zero), error(found, zero)
+    worse = simple < noise
     found, zero = torch.where(worse, plain, found), torch.where(worse, plain_zero, zero)
-    noise = error(found, zero, weighted=False)
+    noise = torch.where(worse, simple, noise) if weights is None else error(found, zero, weighted=False)
     made = rounded(inverse_or_zero(found), zero).add_(zero)
     stored = made.to(torch.int8 if spec.codes == "int8" else torch.uint8)
     return stored, found.to(torch.float16), zero.to(torch.uint8) if spec.zero else None, noise
@@ -193,7 +192,7 @@ def _e2m1(
         best_code = torch.where(lost < best_error, code, best_code)
         best_error = torch.minimum(lost, best_error)
     scale = _e4m3(best_code)
-    chosen = on_grid(inverse_or_zero(scale)).clone()
+    chosen = on_grid(inverse_or_zero(scale))
     # Twice the value up to 2, then fewer to a unit.
     codes = torch.minimum(torch.minimum(chosen * 2, chosen + 2), chosen * 0.5 + 4).to(torch.uint8)
     off = torch.where(normed < 0, -chosen, chosen).mul_(scale).mul_(tensor_scale).sub_(blocks)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenrun.kernels.ops import decode, encode
+from qwenrun.kernels.ops import decode, encode, fit
+from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 from qwenrun.quant import formats
 from qwenrun.quant.solve import solve, tensor_scale_of
@@ -188,3 +189,20 @@ def test_importance_moves_the_error_to_where_it_counts_less(name: str) -> None:
 
     assert lost(aimed.weight) < lost(even.weight), f"seed {seed}"
     assert aimed.noise >= even.noise * (1 - 1e-6), f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        (BlockSpec("bf16"), {}),
+        (BlockSpec("e2m1", 32, "e8m0"), {}),
+        (BlockSpec("e2m1", 16, "e4m3"), {}),
+        (BlockSpec("e2m1", 16, "e4m3", tensor_scale=True), {}),
+        (BlockSpec("int4", 32, "f16"), {"tensor_scale": torch.ones(1)}),
+        (BlockSpec("int4", 32, "f16"), {"importance": torch.ones(63)}),
+        (BlockSpec("int4", 128, "f16"), {}),
+    ],
+)
+def test_what_has_no_search_is_refused(spec: BlockSpec, options: dict) -> None:
+    with pytest.raises(ValueError):
+        fit(torch.zeros(16, 64), spec, [(7.0, 1.0)], **options)

@@ -278,7 +278,7 @@ template <bool WEIGHTED> V e2m1(const Block &b, const Place &place, V tensor_sca
 }
 
 template <bool WEIGHTED> void all_blocks(const Search &s) {
-    float last[LANES * MOST]; // the rows that are left, and zeros
+    float last[LANES * MOST] = {}; // the rows that are left, and zeros
     Block b;
     b.size = s.block;
     for (int64_t row = 0; row < s.rows; row += LANES) {
@@ -294,7 +294,6 @@ template <bool WEIGHTED> void all_blocks(const Search &s) {
             const float *from = s.values + row * s.cols + block * s.block;
             int64_t step = s.cols;
             if (lanes < LANES) {
-                std::memset(last, 0, sizeof last);
                 for (int64_t i = 0; i < lanes; i++)
                     std::memcpy(last + i * MOST, from + i * step, sizeof(float) * s.block);
                 from = last, step = MOST;
