@@ -29,6 +29,7 @@ from qwenrun.kernels.weight import TORCH_DTYPES, Weight
 from qwenrun.quant import formats
 from qwenrun.quant.errors import CheckpointError
 from qwenrun.quant.packfile.checkpoint import INDEX, Checkpoint, contained
+from qwenrun.quant.packfile.importance import Importance
 from qwenrun.quant.packfile.layout import SIDE_FILES, Manifest, TensorEntry
 from qwenrun.quant.packfile.writer import PackWriter, file_sha256
 from qwenrun.quant.recipe import DTYPE_BYTES, KEEP, Recipe, TensorInfo, stored_bytes
@@ -75,16 +76,21 @@ def convert(
     progress: Progress | None = None,
     force: bool = False,
     threads: int | None = None,
+    importance: Importance | None = None,
 ) -> Report:
     """Write the pack `out` from an open checkpoint whose tensors are exactly `inventory`.
 
     tool: name and version that the manifest records. notes: sentences for the manifest and the report.
     threads: by default as many as this process may use. force: replace an existing pack.
-    Raises CheckpointError (NaN, infinity, files that changed) and RecipeError, which leave nothing behind, and
-    StorageError. After that, or a kill, the same call goes on with what was written (see `PackWriter`).
+    importance: what the search for scales goes by, for those tensors that it knows.
+    Raises CheckpointError (NaN, infinity, files that changed, importance of another model) and RecipeError, which leave
+    nothing behind, and StorageError. After that, or a kill, the same call goes on with what was written (see
+    `PackWriter`).
     """
     started = time.perf_counter()
     checkpoint.check_dtypes()
+    if importance:
+        importance.check(inventory)
     by_name = {info.name: info for info in inventory}
     order = [by_name[name] for name in checkpoint.in_file_order() if name in by_name]
     if len(order) != len(inventory):
@@ -107,12 +113,18 @@ def convert(
                 progress(done, input_bytes, name)
 
     supply = checkpoint.supply
-    making = _making(checkpoint, recipe, entries, tool)
+    making = _making(checkpoint, recipe, entries, tool, importance)
     with PackWriter(out, entries, force, making, supply.room) as writer:
-        sums, hashes = _run(checkpoint, writer, [entries[info.name] for info in order], threads, advance)
+        job = _Job(checkpoint, writer, importance)
+        sums, hashes = _run(job, [entries[info.name] for info in order], threads, advance)
         if checkpoint.imported:
             notes = (*notes, _imported(checkpoint, sums))
         source = _source(checkpoint, hashes)
+        if importance:
+            searched = [name for name, entry in entries.items() if entry.assignment.format not in (KEEP, "bf16")]
+            aimed = len(set(searched) & set(importance.names))
+            notes = (*notes, f"scales of {aimed} of {len(searched)} tensors by {importance.path.name}")
+            source["importance"] = {"name": importance.path.name, "sha256": importance.sha256, **importance.about}
         hashed = 0
 
         def advance_hash(size: int) -> None:
@@ -148,11 +160,18 @@ def convert(
     return Report(str(out), recipe.name, rows, input_bytes, pack_bytes, seconds, tuple(notes))
 
 
-def _making(checkpoint: Checkpoint, recipe: Recipe, entries: dict[str, TensorEntry], tool: str) -> str:
+def _making(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    entries: dict[str, TensorEntry],
+    tool: str,
+    importance: Importance | None,
+) -> str:
     """A hash of all that the pack's bytes and its pieces follow from."""
     files = [checkpoint.supply.identity(name) for name in checkpoint.shards]
     tensors = [[name, entry.info.shape, entry.info.dtype, entry.assignment.format] for name, entry in entries.items()]
     said = [tool, REVISION, PIECE_VALUES, checkpoint.config, recipe.to_json(), files, tensors]
+    said.append(importance and [importance.path.name, importance.sha256])
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -182,9 +201,20 @@ def _format_name(entry: TensorEntry) -> str:
     return entry.info.dtype.lower() if entry.assignment.format == KEEP else entry.assignment.format
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every piece is made with."""
+
+    checkpoint: Checkpoint
+    writer: PackWriter
+    importance: Importance | None
+
+    def important(self, name: str, expert: int | None = None) -> Tensor | None:
+        return self.importance.of(name, expert) if self.importance else None
+
+
 def _run(
-    checkpoint: Checkpoint,
-    writer: PackWriter,
+    job: _Job,
     entries: Sequence[TensorEntry],
     threads: int,
     advance: Callable[[int, str], None],
@@ -195,6 +225,7 @@ def _run(
     a folder is hashed when its first tensor's turn comes: its tensors then come from the page cache, and the disk is
     read once. A file that the supply brings is given back when its last tensor is written.
     """
+    checkpoint, writer = job.checkpoint, job.writer
     supply = checkpoint.supply
     sums = {entry.info.name: _Sums() for entry in entries}
     hashes: dict[str, Future[str]] = {}
@@ -243,8 +274,8 @@ def _run(
                     for shard in needs[name]:
                         if shard not in hashes and supply.known(shard) is None:
                             hashes[shard] = pool.submit(_source_sha256, checkpoint.folder / shard, stop)
-                    for key, job in _jobs(checkpoint, writer, entry):
-                        waiting.append((key, name, pool.submit(job)))
+                    for key, work in _works(job, entry):
+                        waiting.append((key, name, pool.submit(work)))
                         while len(waiting) > 2 * threads:
                             collect()
                     if ended := [shard for shard in needs[name] if last_user[shard] == name and shard in wanted]:
@@ -285,9 +316,10 @@ def _pieces(checkpoint: Checkpoint, entry: TensorEntry) -> list[tuple[str, int, 
     return [(f"{info.name}:{at}", at, min(at + step, info.shape[0])) for at in range(0, info.shape[0], step)]
 
 
-def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Iterator[tuple[str, Callable[[], _Sums]]]:
-    """The pieces of one tensor by name: each job reads, checks, encodes and writes one, or knows that it is written."""
+def _works(job: _Job, entry: TensorEntry) -> Iterator[tuple[str, Callable[[], _Sums]]]:
+    """The pieces of one tensor by name: each reads, checks, encodes and writes one, or knows that it is written."""
     info, how = entry.info, entry.assignment
+    checkpoint, writer = job.checkpoint, job.writer
     pieces = _pieces(checkpoint, entry)
     known = {key: writer.pieces[key] for key, _, _ in pieces if key in writer.pieces}
     tensor_scale = None
@@ -301,13 +333,14 @@ def _jobs(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry) -> Ite
         if key in known:
             yield key, partial(_Sums, **known[key])
         elif info.is_experts:
-            yield key, partial(_expert_job, checkpoint, writer, entry, start)
+            yield key, partial(_expert_work, job, entry, start)
         else:
-            yield key, partial(_rows_job, checkpoint, writer, entry, start, stop, tensor_scale)
+            yield key, partial(_rows_work, job, entry, start, stop, tensor_scale)
 
 
-def _expert_job(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, expert: int) -> _Sums:
+def _expert_work(job: _Job, entry: TensorEntry, expert: int) -> _Sums:
     info, how = entry.info, entry.assignment
+    checkpoint, writer = job.checkpoint, job.writer
     nbytes = prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
     if how.spec is not None and (carried := checkpoint.encoded(info.name, how.spec, expert)) is not None:
         writer.put_expert(info.name, expert, carried)
@@ -319,20 +352,15 @@ def _expert_job(checkpoint: Checkpoint, writer: PackWriter, entry: TensorEntry, 
         writer.put_expert(info.name, expert, Weight.plain(stored.to(TORCH_DTYPES[info.dtype])))
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     groups = largest.unflatten(0, (info.tensor_scales, -1)).amax(1)
-    made = solve(formats.parse(how.format), values, tensor_scale_of(how.spec, groups), tile=how.spec.tile)
+    important = job.important(info.name, expert)
+    made = solve(formats.parse(how.format), values, tensor_scale_of(how.spec, groups), important, how.spec.tile)
     writer.put_expert(info.name, expert, made.weight)
     return _Sums(made.signal, made.noise, zero_rows, made.zero_rows, nbytes=nbytes, peak=largest.max().item())
 
 
-def _rows_job(
-    checkpoint: Checkpoint,
-    writer: PackWriter,
-    entry: TensorEntry,
-    start: int,
-    stop: int,
-    tensor_scale: Tensor | None,
-) -> _Sums:
+def _rows_work(job: _Job, entry: TensorEntry, start: int, stop: int, tensor_scale: Tensor | None) -> _Sums:
     info, how = entry.info, entry.assignment
+    checkpoint, writer = job.checkpoint, job.writer
     nbytes = (stop - start) * prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
     if how.spec is not None and (carried := checkpoint.encoded(info.name, how.spec)) is not None:
         writer.put_rows(info.name, start, carried)
@@ -345,7 +373,7 @@ def _rows_job(
         return _Sums(zero_rows=zero_rows, stored_zero_rows=zero_rows, nbytes=nbytes)
     if how.spec.tensor_scale and tensor_scale is None:
         tensor_scale = tensor_scale_of(how.spec, largest.max()[None])
-    made = solve(formats.parse(how.format), values, tensor_scale, tile=how.spec.tile)
+    made = solve(formats.parse(how.format), values, tensor_scale, job.important(info.name), how.spec.tile)
     writer.put_rows(info.name, start, made.weight)
     return _Sums(made.signal, made.noise, zero_rows, made.zero_rows, nbytes=nbytes, peak=largest.max().item())
 

@@ -69,6 +69,13 @@ def _export(*arguments: Any) -> int:
     return export(*arguments)
 
 
+def _observer() -> Any:
+    """The worker of `observe`, imported when it is called."""
+    from qwenrun.measure import observe
+
+    return observe
+
+
 def _size(text: str | None, option: str) -> int | None:
     return console.parse_size(text, option) if text else None
 
@@ -150,6 +157,15 @@ def quantize(
             autocompletion=_recipes,
         ),
     ] = None,
+    importance: Annotated[
+        Path | None,
+        typer.Option(
+            "--importance",
+            metavar="FILE",
+            help="What observe wrote: columns that read more count more in the search for scales.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace PACK if it is there already.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -165,10 +181,62 @@ def quantize(
         qwenrun quantize ~/Qwen3.5-35B-A3B -o 35b.pack
         qwenrun quantize Qwen/Qwen3.5-122B-A10B -o 122b.pack
         qwenrun quantize SRC -o PACK --recipe mine.toml --json > report.json
+        qwenrun quantize SRC -o PACK --importance texts.importance
     """
     from qwenrun.ui.quantize import quantize
 
-    quantize(_convert, source, out, revision=revision, recipe=recipe, force=force, as_json=json, quiet=quiet)
+    quantize(
+        _convert,
+        source,
+        out,
+        revision=revision,
+        recipe=recipe,
+        importance=importance,
+        force=force,
+        as_json=json,
+        quiet=quiet,
+    )
+
+
+@app.command(cls=Command)
+def observe(
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text in UTF-8, or - for stdin.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The file of importance to write.")],
+    model: Model = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", metavar="N", min=1, help="Read no more than N tokens.", show_default="all")
+    ] = None,
+    ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="Tokens a piece of the text has.")] = "2k",
+    ram: Ram = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there already.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a model read a text, and write down how much each column of its matrices read, for quantize --importance.
+
+    The text should be like what the model will be used for; some ten thousand tokens are enough. Where the checkpoint
+    itself is too large for this machine, a pack of it serves. The tokens of the chat template, such as <|im_start|>,
+    are taken as such. Computes on the CPU. Prints FILE; Ctrl-C writes what was seen so far.
+
+    Examples:
+        qwenrun observe texts.txt -m ~/Qwen3.5-35B-A3B -o texts.importance
+        qwenrun observe texts.txt -m 122b.pack -o texts.importance --tokens 20000
+        cat *.md | qwenrun observe - -m 35b.pack -o notes.importance
+    """
+    from qwenrun.ui.observe import observe
+
+    observe(
+        _observer,
+        text,
+        out,
+        model=model,
+        tokens=tokens,
+        ctx=console.parse_tokens(ctx),
+        ram=_size(ram, "--ram"),
+        force=force,
+        as_json=json,
+        quiet=quiet,
+    )
 
 
 @app.command(cls=Command)

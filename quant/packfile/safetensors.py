@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,6 +50,11 @@ class Entry:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, in the order of their data. Raises CheckpointError."""
+    return parse_header(*read_header_text(path), str(path))
+
+
+def read_header_text(path: Path) -> tuple[bytes, int]:
+    """The header of a safetensors file, not parsed, and the file's size. Raises CheckpointError."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -59,10 +65,9 @@ def read_header(path: Path) -> dict[str, Entry]:
                     f"{path}: a header of {length:,} bytes in a file of {size:,}: not safetensors, or truncated",
                     hint=_REPAIR,
                 )
-            text = file.read(length)
+            return file.read(length), size
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-    return parse_header(text, size, str(path))
 
 
 def parse_header(text: bytes, file_size: int, where: str) -> dict[str, Entry]:
@@ -116,12 +121,15 @@ def parse_header(text: bytes, file_size: int, where: str) -> dict[str, Entry]:
     return {name: entry for _, _, name, entry in found}
 
 
-def build_header(tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, int]]:
+def build_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], about: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file of tensors {name: (dtype, shape, bytes)}, and where each one's data begins.
 
-    Padded with spaces, so that the data begins at a multiple of 64 bytes.
+    about: the file's metadata. Padded with spaces, so that the data begins at a multiple of 64 bytes.
     """
-    header, begins, offset = {}, {}, 0
+    header: dict[str, object] = {"__metadata__": dict(about)} if about else {}
+    begins, offset = {}, 0
     for name, (dtype, shape, size) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         begins[name] = offset

@@ -35,6 +35,7 @@ from qwenrun.errors import ModelError, UsageError
 from qwenrun.model.bind import bind
 from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import match
+from qwenrun.model.linear import Watch
 from qwenrun.model.moe import Routed
 from qwenrun.model.qwen3_5 import Model
 from qwenrun.plan.buffers import Run, read_per_token
@@ -97,6 +98,7 @@ class Engine:
         vram: int | None = None,
         prefetch: bool = True,
         direct: bool | None = None,
+        watch: Watch | None = None,
     ) -> Engine:
         """Open a pack or a Hugging Face folder.
 
@@ -107,6 +109,7 @@ class Engine:
         fit in, by default what is free now; routed experts of a pack that have no room are read from disk when
         they are needed. prefetch: try whether reading experts ahead pays.
         direct: whether reads pass the page cache by; by default where it has no room for the pack.
+        watch: shown what each matrix reads (on the CPU), before it does.
 
         Raises DoesNotFitError if the budget is too small for anything, ModelError (or the quant floor's errors)
         if it can't be read or is not a model of the family, UsageError for arguments that make no sense.
@@ -131,7 +134,7 @@ class Engine:
             arena = Arena.from_plan(plan, target)
             experts = Experts(pack, plan, arena, direct) if plan.pools else None
             try:
-                model = bind(PackSource(pack, arena, experts.of if experts else _no_experts), config, mtp)
+                model = bind(PackSource(pack, arena, experts.of if experts else _no_experts), config, mtp, watch)
             except BaseException:
                 if experts:
                     experts.close()
@@ -151,7 +154,7 @@ class Engine:
                 plan = place(config, weigh(config, stored, run, packed=False), run, budget)
                 _cap(target, plan)
                 arena = Arena.from_plan(plan, target)
-                model = bind(CheckpointSource(checkpoint, arena), config, mtp)
+                model = bind(CheckpointSource(checkpoint, arena), config, mtp, watch)
             return cls(path, plan, arena, model, stored, None, None)
         raise _no_model(path)
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from qwenrun.engine.expert_cache import ExpertCache, SlotCache
 from qwenrun.kernels.ops import bind, sum_in_order
+from qwenrun.model.linear import SeeExpert
+from qwenrun.model.moe import showing
 from qwenrun.plan.planner import WINDOW
 
 
@@ -64,6 +66,11 @@ class RoutedExperts:
             out = self.fetch_and_compute(x, wanted, keys, weight, base)
         self.done(keys, slots is not None)
         return out
+
+    def watch(self, see: SeeExpert) -> None:
+        """Show from now on what each expert reads, of those that the device computes."""
+        key_of = self._cache.table.key_of
+        self._op = showing(see, self._op, lambda slot: int(key_of[slot]) - self._first)
 
     def look_up(self, index: Tensor) -> tuple[np.ndarray, list[int], np.ndarray | None]:
         """The chosen experts' keys [T, k], every one of them once, and their slots [T, k] if all are there."""

@@ -91,21 +91,24 @@ class Session:
         """
         if not ids:
             raise UsageError("there is nothing to prefill: no token was given")
-        self._check_room(len(ids))
-        hidden = self._feed(ids, keep_all=all_logits, progress=progress)
+        hidden = self.feed(ids, keep_all=all_logits, progress=progress)
         return self._engine.model.logits(hidden if all_logits else hidden[-1])
 
     def step(self, token: int) -> Tensor:
         """Feed one token; return the logits f32 [V] for the one after it."""
-        self._check_room(1)
-        return self._engine.model.logits(self._feed([token])[-1])
+        return self._engine.model.logits(self.feed([token])[-1])
 
     def _check_room(self, count: int) -> None:
         if self.position + count > self.ctx:
             raise _too_long(self.position + count, self.ctx)
 
-    def _feed(self, ids: Sequence[int], keep_all: bool = False, progress: Progress | None = None) -> Tensor:
-        """Feed `ids`; hidden states f32 [n, H] of the last chunk, or of all of them."""
+    def feed(self, ids: Sequence[int], keep_all: bool = False, progress: Progress | None = None) -> Tensor:
+        """Feed `ids` (one or more) in chunks; the hidden states f32 [n, H] after the final norm, of the last chunk or
+        of all of them.
+
+        Raises UsageError if they do not fit; the session is then as before.
+        """
+        self._check_room(len(ids))
         if min(ids) < 0 or max(ids) >= self._engine.config.vocab_size:
             raise UsageError(f"token ids go from 0 to {self._engine.config.vocab_size - 1}")
         self._settle()
@@ -185,7 +188,7 @@ class Session:
         tokens = self._ids[:target]
         start = self._restore_before(target)
         if start < target:
-            self._feed(tokens[start:])
+            self.feed(tokens[start:])
 
     def _restore_before(self, target: int) -> int:
         """Restore the furthest place not after `target`: where we are, a checkpoint, or the start."""
@@ -353,7 +356,7 @@ class Session:
                 progress(branch + done, len(rest))
 
         if branch:
-            self._feed(rest[:branch], progress=None if progress is None else lambda n, _: progress(n, len(rest)))
+            self.feed(rest[:branch], progress=None if progress is None else lambda n, _: progress(n, len(rest)))
         self.checkpoint()
         return self.prefill(rest[branch:], progress=shifted)
 

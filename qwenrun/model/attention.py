@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qwenrun.kernels.ops import bind, linears
+from qwenrun.kernels.ops import bind
 from qwenrun.model.config import ModelConfig
-from qwenrun.model.linear import Linear
+from qwenrun.model.linear import Linear, projections
 
 
 class KVLayer(Protocol):
@@ -43,7 +43,7 @@ class Attention:
         q_norm: Tensor,
         k_norm: Tensor,
     ) -> None:
-        self.qkv_proj = linears([p.weight for p in (q_proj, k_proj, v_proj)], norm, config.rms_norm_eps)
+        self.qkv_proj = projections((q_proj, k_proj, v_proj), norm, config.rms_norm_eps)
         self.o_proj = o_proj
         self.q_norm, self.k_norm = q_norm, k_norm
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads

@@ -18,7 +18,7 @@ from qwenrun.model.config import ModelConfig
 from qwenrun.model.deltanet import DeltaNet
 from qwenrun.model.inventory import HUB_PREFIX
 from qwenrun.model.layer import Layer
-from qwenrun.model.linear import Linear
+from qwenrun.model.linear import Linear, See, Watch
 from qwenrun.model.moe import DenseMLP, MoE, Routed
 from qwenrun.model.mtp import MTP
 from qwenrun.model.qwen3_5 import Embedding, Model
@@ -54,17 +54,18 @@ class WeightSource(Protocol):
         ...
 
 
-def bind(source: WeightSource, config: ModelConfig, mtp: bool = False) -> Model:
+def bind(source: WeightSource, config: ModelConfig, mtp: bool = False, watch: Watch | None = None) -> Model:
     """Build the model of `config` from the weights of `source`, whose names `inventory.match` has checked.
 
     mtp: also bind the multi-token-prediction module, if it is there. The vision tower's tensors are left alone.
+    watch: shown what each matrix reads, but for an embedding that is also the head.
     """
-    return _Binder(source, config).model(mtp)
+    return _Binder(source, config, watch).model(mtp)
 
 
 class _Binder:
-    def __init__(self, source: WeightSource, config: ModelConfig) -> None:
-        self.source, self.config = source, config
+    def __init__(self, source: WeightSource, config: ModelConfig, watch: Watch | None) -> None:
+        self.source, self.config, self.watch = source, config, watch
         self.trunk = HUB_PREFIX if f"{HUB_PREFIX}norm.weight" in source.found else "model."
 
     def model(self, with_mtp: bool) -> Model:
@@ -116,11 +117,15 @@ class _Binder:
         )
 
     def moe(self, name: str, norm: Tensor) -> MoE:
+        router = Weight.plain(self.source.tensor(f"{name}gate.weight"))
+        routed = self.source.experts(f"{name}experts")
+        if self.watch:
+            routed.watch(self.watch.experts(f"{name}experts"))
         return MoE(
             self.config,
             norm,
-            router=self.source.tensor(f"{name}gate.weight"),
-            routed=self.source.experts(f"{name}experts"),
+            router=Linear(router, self.seen(f"{name}gate.weight")),
+            routed=routed,
             gate=self.linear(f"{name}shared_expert.gate_proj"),
             up=self.linear(f"{name}shared_expert.up_proj"),
             down=self.linear(f"{name}shared_expert.down_proj"),
@@ -147,7 +152,10 @@ class _Binder:
         )
 
     def linear(self, name: str) -> Linear:
-        return Linear(self.source.weight(f"{name}.weight"))
+        return Linear(self.source.weight(f"{name}.weight"), self.seen(f"{name}.weight"))
+
+    def seen(self, name: str) -> See | None:
+        return self.watch.linear(name) if self.watch else None
 
     def vector(self, name: str) -> Tensor:
         """Norms, biases, convolutions: so small that they are held in float32 whatever they are stored in."""

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qwenrun.kernels.ops import bind, linears
+from qwenrun.kernels.ops import bind
 from qwenrun.model.config import ModelConfig
-from qwenrun.model.linear import Linear
+from qwenrun.model.linear import Linear, projections
 
 
 class DeltaLayer(Protocol):
@@ -51,8 +51,8 @@ class DeltaNet:
         dt_bias: Tensor,
         norm: Tensor,
     ) -> None:
-        projections = (in_proj_qkv, in_proj_z, in_proj_b, in_proj_a)
-        self.in_proj = linears([p.weight for p in projections], input_norm, config.rms_norm_eps)
+        parts = (in_proj_qkv, in_proj_z, in_proj_b, in_proj_a)
+        self.in_proj = projections(parts, input_norm, config.rms_norm_eps)
         self.out_proj = out_proj
         self.conv_weight = conv_weight.contiguous()
         self.decay = -torch.exp(A_log.float())

@@ -115,6 +115,13 @@ def _source(source: dict[str, Any]) -> str:
     return f"{name}{revision}" + (f", {len(files)} files with their sha256" if isinstance(files, dict) else "")
 
 
+def _importance(said: Any) -> str:
+    """What the search for scales went by; "" if it was the weights alone."""
+    if not isinstance(said, dict):
+        return ""
+    return f"{said.get('name')}: {said.get('tokens')} tokens of {said.get('text')}, read by {said.get('model')}"
+
+
 def _render(content: dict[str, Any]) -> str:
     shape = content["architecture"]
     experts = f", {shape['experts_per_token']} of {shape['experts']} experts a token" if shape["experts"] else ""
@@ -123,6 +130,7 @@ def _render(content: dict[str, Any]) -> str:
         [
             ("pack", f"{content['pack']}, format version {content['format_version']}, by {content['tool']}"),
             ("made from", _source(content["source"])),
+            ("importance", _importance(content["source"].get("importance"))),
             (
                 "model",
                 f"{content['model_type']}, {shape['layers']} layers ({shape['deltanet_layers']} DeltaNet,"

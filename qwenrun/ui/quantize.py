@@ -36,14 +36,16 @@ def quantize(
     *,
     revision: str | None,
     recipe: str | None,
+    importance: Path | None,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Convert the folder, download or model of the hub `name` into the pack `out`; the report of `convert` goes to
-    stdout. recipe: None takes the one that suits the checkpoint."""
+    stdout. recipe: None takes the one that suits the checkpoint. importance: a file that `observe` wrote."""
     chosen, out = Recipe.load(recipe or DEFAULT), out.expanduser()
     with (
+        _important(importance) as important,
         _opened(name, revision, out, force, quiet) as (config, checkpoint),
         Progress("quantize", quiet=quiet) as progress,
     ):
@@ -60,6 +62,7 @@ def quantize(
                 notes=matched.notes,
                 progress=lambda done, total, name: progress(done, total, kind(name)),
                 force=force,
+                importance=important,
             )
         except KeyboardInterrupt:
             progress.clear()
@@ -77,6 +80,21 @@ def quantize(
             f"wrote {report.pack}: {console.size(report.pack_bytes)} from {console.size(report.source_bytes)}"
             f" in {console.seconds(report.seconds)}; try: qwenrun chat -m {report.pack}"
         )
+
+
+@contextmanager
+def _important(path: Path | None) -> Iterator[Any]:
+    """The open file of importance, if one is given."""
+    if path is None:
+        yield None
+        return
+    path = path.expanduser()
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", f"qwenrun observe TEXT -m MODEL -o {path}")
+    from qwenrun.quant.packfile.importance import Importance
+
+    with Importance(path) as importance:
+        yield importance
 
 
 @contextmanager

@@ -89,7 +89,7 @@ RANK = {
 }
 BACKENDS = ("ref", "cpu", "gpu")
 KERNELS_FOR_QUANT = ("spec", "ops", "weight")
-KERNELS_FOR_QWENRUN = ("spec", "ops", "weight", "cases", "dispatch")
+KERNELS_FOR_QWENRUN = ("spec", "ops", "weight", "composed", "cases", "dispatch")
 QUANT_FOR_QWENRUN = ("packfile", "recipe", "formats", "errors")
 QUANT_FOR_CLI = (*QUANT_FOR_QWENRUN, "convert", "export", "report")
 

@@ -180,7 +180,7 @@ def test_mtp(tiny: Callable[..., Any], name: str) -> None:
     with Engine.open(model.folder, ctx=128, kv="f32", mtp=True) as engine:
         bound = engine.model
         s = engine.session()
-        got_hidden = s._feed(ids, keep_all=True)
+        got_hidden = s.feed(ids, keep_all=True)
         assert error(got_hidden, trunk) < TOLERANCE
         cache = s._state.mtp
         assert cache is not None
