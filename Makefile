@@ -22,7 +22,7 @@ DEMO_MODEL := qwenrun/demo/model
 DEMO_PACK := build/demo.pack
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model demo-eval test test-gpu lint type fmt bench bench-budget bench-gpu bench-peer torture gpu-aot gpu-traffic sanitize synth docs wheel clean
+.PHONY: help setup demo demo-model demo-eval demo-importance test test-gpu lint type fmt bench bench-budget bench-gpu bench-peer torture gpu-aot gpu-traffic sanitize synth docs wheel clean
 
 # What `make synth` writes, and where; what the budget and peer benchmarks run on.
 MODEL ?= 122b
@@ -76,6 +76,16 @@ demo-eval: setup ## exact answers of the embedded model: bf16, balanced, nvfp4, 
 	  $(BIN)/qwenrun quantize $(DEMO_MODEL) -o build/demo-$$recipe.pack --recipe $$recipe --force --quiet >/dev/null; \
 	  $(BIN)/qwenrun eval -m build/demo-$$recipe.pack; \
 	done
+
+demo-importance: setup ## what importance gains on the embedded model: packs made with and without it, beside bf16
+	@mkdir -p build
+	$(BIN)/python -m qwenrun.demo.dataset 7 400 > build/demo.txt
+	$(BIN)/qwenrun observe build/demo.txt -o build/demo.importance --force --quiet
+	@set -e; for recipe in balanced nvfp4 int4; do for with in "" "--importance build/demo.importance"; do \
+	  echo "== $$recipe $$with"; \
+	  $(BIN)/qwenrun quantize $(DEMO_MODEL) -o build/demo-importance.pack --recipe $$recipe $$with --force --quiet >/dev/null; \
+	  $(BIN)/qwenrun eval -m build/demo-importance.pack --beside $(DEMO_MODEL) --quiet | sed '/^missed/,$$d'; \
+	done; done
 
 test: setup ## run the tests
 	$(BIN)/pytest $(ARGS)

@@ -448,6 +448,15 @@ def evaluate(
         ),
     ] = None,
     think: Annotated[bool, typer.Option("--think/--no-think", help="Reason before the answer.")] = False,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            "--beside",
+            metavar="MODEL",
+            help="Also tell how far the model's distributions are from this one's, such as the one it was made from.",
+            show_default=False,
+        ),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, help="End an answer after N tokens.")
     ] = 128,
@@ -459,20 +468,32 @@ def evaluate(
 ) -> None:
     """Count the questions a model answers exactly, word for word, with greedy decoding.
 
+    --beside feeds the expected answers to two models, which both have to fit into memory, and compares the
+    distributions of their tokens: a much finer measure than counting.
+
     Examples:
         qwenrun eval
         qwenrun eval -m demo.pack --pairs questions.jsonl --json
+        qwenrun eval -m 35b.pack --beside ~/Qwen3.5-35B-A3B --pairs questions.jsonl
     """
-    from qwenrun.measure.quality import exact_answers, question_sets
+    from qwenrun.measure.quality import distances, exact_answers, question_sets
+    from qwenrun.ui.models import find_model
     from qwenrun.ui.reports import eval_report, measuring
 
     sets = question_sets(pairs)
     held = console.parse_tokens(ctx)
+    if beside is not None:
+        find_model(beside)
     with measuring(
         model, ctx=held, kv=kv.value, label="eval", unit="questions", quiet=quiet, ram=_size(ram, "--ram")
     ) as (engine, progress):
         figures = exact_answers(engine, sets, think=think, max_tokens=max_tokens, progress=progress)
-        eval_report(engine, figures, as_json=json)
+        if beside is None:
+            eval_report(engine, figures, as_json=json)
+            return
+        with measuring(beside, ctx=held, kv=kv.value, label="beside", unit="questions", quiet=quiet) as (other, again):
+            apart = distances(engine, other, sets, think=think, progress=again)
+        eval_report(engine, figures, apart, beside, as_json=json)
 
 
 @app.command(cls=Command)

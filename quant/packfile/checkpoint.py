@@ -7,7 +7,6 @@ memory used is what was asked for. Every name and size that comes from outside i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -23,6 +22,7 @@ from qwenrun.kernels.spec import BlockSpec
 from qwenrun.kernels.weight import Weight
 from qwenrun.quant import foreign
 from qwenrun.quant.errors import CheckpointError
+from qwenrun.quant.packfile import strict
 from qwenrun.quant.packfile.safetensors import DTYPES, Entry, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -329,10 +329,10 @@ def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes is too large")
-        data = json.loads(path.read_bytes())
+        data = strict.load(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}", hint="download the file again") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")

@@ -6,7 +6,6 @@ experts [E, K]), and in `NAME.tokens`, I64 [1] or [E], how many tokens that is t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwenrun.quant.errors import CheckpointError, StorageError
+from qwenrun.quant.packfile import strict
 from qwenrun.quant.packfile.safetensors import build_header, parse_header, read_header_text, read_tensor
 from qwenrun.quant.packfile.writer import file_sha256, sync, tensor_bytes
 from qwenrun.quant.recipe import TensorInfo
@@ -74,7 +74,7 @@ class Importance:
         try:
             text, size = read_header_text(path)
             self._entries = parse_header(text, size, str(path))
-            about = json.loads(text).get("__metadata__")
+            about = strict.load(text).get("__metadata__")
             if not isinstance(about, dict) or about.get("format") != FORM:
                 raise CheckpointError(f"{path} is safetensors, but no file of importance")
             self.about = {str(key): str(value) for key, value in about.items() if key != "format"}

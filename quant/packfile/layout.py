@@ -16,6 +16,7 @@ from typing import Any
 
 from qwenrun.kernels.spec import DTYPE_BYTES, BlockSpec
 from qwenrun.quant.errors import PackError
+from qwenrun.quant.packfile import strict
 from qwenrun.quant.recipe import Assignment, TensorInfo
 
 PACK_VERSION = 2
@@ -165,16 +166,9 @@ def document_sha256(document: dict[str, Any]) -> str:
 
 def strict_json(text: bytes, where: str) -> Any:
     """Parse JSON that must have no key twice; PackError names the file."""
-
-    def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            raise ValueError("a key appears twice")
-        return out
-
     try:
-        return json.loads(text.decode(), object_pairs_hook=no_twice)
-    except (ValueError, RecursionError) as error:
+        return strict.load(text)
+    except ValueError as error:
         raise PackError(f"{where} is not valid JSON: {error}", hint="make or copy the pack again") from error
 
 

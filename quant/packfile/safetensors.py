@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwenrun.quant.errors import CheckpointError
+from qwenrun.quant.packfile import strict
 
 MAX_HEADER = 100 << 20
 DTYPES = {
@@ -76,15 +76,9 @@ def parse_header(text: bytes, file_size: int, where: str) -> dict[str, Entry]:
     def fail(why: str) -> CheckpointError:
         return CheckpointError(f"{where}: {why}", hint=_REPAIR)
 
-    def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            raise ValueError("a name appears twice")
-        return out
-
     try:
-        header = json.loads(text.decode(), object_pairs_hook=no_twice)
-    except (ValueError, RecursionError) as error:
+        header = strict.load(text)
+    except ValueError as error:
         raise fail(f"the header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise fail("the header is not an object")

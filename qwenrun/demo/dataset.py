@@ -5,6 +5,8 @@ conversations out of them (paraphrase frames, typing noise, system prompts, two 
 skills that no table can hold: little stories, counting, repeating, remembering a name. `Sampler` never shows
 a held-out question.
 
+`python -m qwenrun.demo.dataset SEED COUNT` prints some of them, as text for `qwenrun observe`.
+
 Knows no tokenizer and no tensor. Standard library only.
 """
 
@@ -12,10 +14,12 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, Literal
 
 from qwenrun.demo import data_dir
@@ -328,3 +332,13 @@ def render(messages: list[Message]) -> list[tuple[str, bool]]:
         pieces.append((f"{message.content}<|im_end|>", index == last))
         pieces.append(("\n", False))
     return pieces
+
+
+def main(seed: str, count: str) -> None:
+    """Print `count` conversations."""
+    for messages in islice(iter(Sampler(int(seed))), int(count)):
+        sys.stdout.write("".join(text for text, _ in render(messages)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

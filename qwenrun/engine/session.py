@@ -92,11 +92,15 @@ class Session:
         if not ids:
             raise UsageError("there is nothing to prefill: no token was given")
         hidden = self.feed(ids, keep_all=all_logits, progress=progress)
-        return self._engine.model.logits(hidden if all_logits else hidden[-1])
+        return self.logits(hidden if all_logits else hidden[-1])
 
     def step(self, token: int) -> Tensor:
         """Feed one token; return the logits f32 [V] for the one after it."""
-        return self._engine.model.logits(self.feed([token])[-1])
+        return self.logits(self.feed([token])[-1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits f32 [n, V] or [V] of what `feed` gave, f32 [n, H] or [H]."""
+        return self._engine.model.logits(hidden)
 
     def _check_room(self, count: int) -> None:
         if self.position + count > self.ctx:

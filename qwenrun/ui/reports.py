@@ -85,16 +85,29 @@ def _speed(speed: Any) -> str:
     return f"{speed.median:,.1f} tok/s ({runs})" if len(speed.runs) > 1 else f"{speed.median:,.1f} tok/s"
 
 
-def eval_report(engine: Engine, figures: Sequence[Any], *, as_json: bool) -> None:
-    """Print the Figures of each set."""
+def eval_report(
+    engine: Engine, figures: Sequence[Any], distances: Sequence[Any] = (), beside: str = "", *, as_json: bool
+) -> None:
+    """Print the Figures of each set, and its Distance from the model `beside`."""
     name = model_name(engine.config, engine.path)
     if as_json:
-        content = {"model": name, "path": str(engine.path), "sets": [each.to_json() for each in figures]}
+        content: dict[str, Any] = {"model": name, "path": str(engine.path)}
+        content["sets"] = [each.to_json() for each in figures]
+        if distances:
+            content["beside"] = {"model": beside, "sets": [each.to_json() for each in distances]}
         console.document("eval", 1, content)
         return
     rows = [(each.name, f"{len(each.answers):,}", f"{each.exact:,}", f"{each.rate:.1%}") for each in figures]
     console.say(f"model  {name}\n")
     console.say(table(("set", "questions", "exact", "rate"), rows))
+    if distances:
+        console.say(f"\nbeside {beside}, over the tokens of the expected answers:\n")
+        apart = [
+            (each.name, f"{each.tokens:,}", f"{each.divergence:.2e}", f"{each.error:.0e}", f"{each.agree:.2%}")
+            for each in distances
+        ]
+        console.say(table(("set", "tokens", "divergence", "+-", "same likeliest"), apart))
+        console.say("\ndivergence: mean Kullback-Leibler, nats a token; 0 is the same model")
     missed = [answer for each in figures for answer in each.answers if not answer.exact]
     if missed:
         console.say(f"\nmissed{f', the first {MISSES_SHOWN} of {len(missed)}' if len(missed) > MISSES_SHOWN else ''}:")

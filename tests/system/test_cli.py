@@ -181,6 +181,50 @@ def test_eval_of_a_file(qwenrun: Run, demo_pack: Path, question: str, answer: di
     assert (figures["name"], figures["questions"], figures["exact"], figures["rate"]) == ("two", 2, 1, 0.5)
 
 
+def test_observe_then_quantize_by_it(qwenrun: Run, tmp_path: Path) -> None:
+    text, out, pack = tmp_path / "t.txt", tmp_path / "t.importance", tmp_path / "p"
+    text.write_text("<|im_start|>user\nWhat is a pack?<|im_end|>\n" * 40)
+    done = qwenrun("observe", text, "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\n"
+    assert "observed" in done.stderr
+    again = qwenrun("observe", text, "-o", out)
+    assert str(out) in failed(again, 2)
+    piped = qwenrun(
+        "observe", "-", "-o", out, "--force", "--tokens", "100", "--json", "--quiet", stdin=text.read_text()
+    )
+    assert (piped.returncode, piped.stderr) == (0, "")
+    said = json.loads(piped.stdout)
+    assert (said["schema"], said["tokens"], said["text"]) == ("qwenrun.observe/1", 100, "stdin")
+    made = qwenrun("quantize", model_dir(), "-o", pack, "--importance", out)
+    assert "of 45 tensors by t.importance" in made.stderr
+    assert "100 tokens of stdin, read by demo" in qwenrun("show", pack).stdout
+    assert "t.txt" in failed(qwenrun("quantize", model_dir(), "-o", tmp_path / "q", "--importance", text), 3)
+    assert "no file" in failed(
+        qwenrun("quantize", model_dir(), "-o", tmp_path / "q", "--importance", tmp_path / "x"), 2
+    )
+
+
+def test_observe_what_can_not_be_read(qwenrun: Run, tmp_path: Path) -> None:
+    out = tmp_path / "i"
+    assert "can't be read" in failed(qwenrun("observe", tmp_path / "no", "-o", out), 2)
+    assert "empty" in failed(qwenrun("observe", "-", "-o", out, "-q"), 2)
+    (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
+    assert "not UTF-8" in failed(qwenrun("observe", tmp_path / "latin", "-o", out, "-q"), 2)
+    assert not out.exists()
+
+
+def test_eval_beside_another(qwenrun: Run, demo_pack: Path, question: str, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"question": question, "answer": "No."}))
+    options = ("--pairs", tmp_path / "one.jsonl", "--beside", model_dir())
+    done = qwenrun("eval", "-m", demo_pack, *options, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    (beside,) = json.loads(done.stdout)["beside"]["sets"]
+    assert 0 < beside["divergence"] < 1
+    assert "same likeliest" in qwenrun("eval", "-m", demo_pack, *options).stdout
+    assert "no model" in failed(qwenrun("eval", "-m", demo_pack, "--beside", tmp_path / "no"), 3)
+
+
 # -- exit codes -----------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from qwenrun import Engine
+from qwenrun.demo import model_dir
 from qwenrun.demo.dataset import pairs
 from qwenrun.engine.events import Done, Event, ExpertUse, Token
 from qwenrun.engine.sampler import SamplingParams
@@ -238,6 +240,40 @@ def test_exact_answers_are_counted() -> None:
         assert options["params"].presence_penalty == 0
         assert options["max_tokens"] == 9
         assert options["think"] is False
+
+
+def test_a_model_beside_itself_and_beside_another(tmp_path: Path, quantize: Any) -> None:
+    """Against logits of whole conversations, spelled out here."""
+    quantize(model_dir(), tmp_path / "p", "int4")
+    pairs = next(iter(quality.question_sets(None).values()))[:4]
+    with (
+        Engine.open(model_dir(), ctx=256) as one,
+        Engine.open(model_dir(), ctx=256) as two,
+        Engine.open(tmp_path / "p", ctx=256) as coded,
+    ):
+        (same,) = quality.distances(one, two, {"four": pairs})
+        assert (same.divergence, same.error, same.agree) == (0, 0, 1)
+        (apart,) = quality.distances(coded, one, {"four": pairs})
+        sums, agreed, tokens = [], 0, 0
+        for question, answer in pairs:
+            logits = []
+            start = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+            for engine in (one, coded):
+                ids = engine.tokenizer.encode_with_controls(f"{start}{answer}<|im_end|>")
+                begin = len(engine.tokenizer.encode_with_controls(start))
+                session = engine.session()
+                logits.append(session.prefill(ids, all_logits=True)[begin - 1 : -1, : engine.vocab_size].double())
+                del session
+            wanted, got = (each.log_softmax(-1) for each in logits)
+            sums.append(float((wanted.exp() * (wanted - got)).sum()))
+            agreed += int((wanted.argmax(-1) == got.argmax(-1)).sum())
+            tokens += len(wanted)
+    assert apart.tokens == tokens
+    assert apart.divergence == pytest.approx(sum(sums) / tokens, rel=2e-2)
+    assert 0 < apart.error < 0.01
+    assert apart.agree == pytest.approx(agreed / tokens)
+    figures: Any = [quality.Figures("four", (quality.Answered("q?", "A", "A", True),))]
+    reports.eval_report(fake_engine(None), figures, [apart], "demo", as_json=False)
 
 
 def test_the_report_of_answers(capsys: pytest.CaptureFixture[str]) -> None:

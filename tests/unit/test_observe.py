@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qwenrun import Engine
+from qwenrun.demo import model_dir
+from qwenrun.demo.dataset import Sampler, render
 from qwenrun.errors import UsageError
 from qwenrun.kernels.ops import decode
 from qwenrun.measure.observe import Sums, observe
@@ -25,15 +28,18 @@ from qwenrun.model.config import ModelConfig
 from qwenrun.model.inventory import inventory
 from qwenrun.plan.buffers import Run
 from qwenrun.plan.planner import least_budget, weigh
+from qwenrun.quant import formats
 from qwenrun.quant.errors import CheckpointError, StorageError
 from qwenrun.quant.packfile import importance as module
 from qwenrun.quant.packfile.checkpoint import Checkpoint
 from qwenrun.quant.packfile.importance import FLOOR, Importance, Observed, write_importance
 from qwenrun.quant.packfile.layout import MANIFEST, read_manifest
 from qwenrun.quant.packfile.reader import PackReader
+from qwenrun.quant.solve import solve, tensor_scale_of
 from qwenrun.ui import observe as ui
 from qwenrun.ui.models import stored_in
 from qwenrun.ui.observe import _encoded
+from qwenrun.ui.quantize import kind
 
 Maker, Quantize = Callable[..., Path], Callable[..., Any]
 HEAD = "lm_head.weight"
@@ -283,6 +289,55 @@ def test_a_run_with_other_importance_is_begun_anew(tmp_path: Path, checkpoint_ma
             quantize(source, tmp_path / "got", progress=stop)
         quantize(source, tmp_path / "got", importance=importance)
     assert (tmp_path / "got" / MANIFEST).read_bytes() == (tmp_path / "want" / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "nvfp4"])
+def test_products_of_the_demo_come_out_nearer(tmp_path: Path, name: str) -> None:
+    """On a text that was not observed: the error of each matrix's products, with importance over without (-s)."""
+    read: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    class Keep:
+        def linear(self, name: str) -> Any:
+            return lambda x: read.setdefault((name, -1), []).append(x.clone())
+
+        def experts(self, prefix: str) -> Any:
+            def see(expert: int, x: torch.Tensor, hidden: torch.Tensor) -> None:
+                read.setdefault((f"{prefix}.gate_up_proj", expert), []).append(x.clone())
+                read.setdefault((f"{prefix}.down_proj", expert), []).append(hidden.clone())
+
+            return see
+
+    def feed(watch: Any, seed: int, count: int) -> None:
+        talks = islice(iter(Sampler(seed)), count)
+        text = "".join(piece for messages in talks for piece, _ in render(messages))
+        with Engine.open(model_dir(), ctx=2048, watch=watch) as engine:
+            engine.session().feed(engine.tokenizer.encode_with_controls(text)[:2048])
+
+    sums = Sums(ModelConfig.from_folder(model_dir()))
+    feed(sums, seed=7, count=60)
+    feed(Keep(), seed=99, count=60)
+    write_importance(tmp_path / "i", sums.observed(), {})
+    form = formats.parse(name)
+    ratios: dict[str, list[float]] = {}
+    with Importance(tmp_path / "i") as importance, Checkpoint.open(model_dir()) as checkpoint:
+        for (matrix, expert), inputs in read.items():
+            at, one = (expert, expert) if expert >= 0 else (0, None)
+            w = (checkpoint.read(matrix, at, at + 1)[0] if expert >= 0 else checkpoint.read(matrix)).float()
+            if w.shape[0] < 16:
+                continue
+            x = torch.cat(inputs)
+            scale = tensor_scale_of(form.spec, w.abs().max()[None])
+            errors = []
+            for counts in (None, importance.of(matrix, one)):
+                off = decode(solve(form, w, scale, counts).weight) - w
+                errors.append(float((x @ off.T).square().sum()))
+            ratios.setdefault(kind(matrix), []).append(errors[1] / errors[0])
+    means = {each: sum(found) / len(found) for each, found in ratios.items()}
+    print("\n", name, {each: round(mean, 3) for each, mean in means.items()})
+    assert means["mlp.experts.down_proj"] < 0.95
+    assert means["mlp.shared_expert.down_proj"] < 0.97
+    assert all(mean < 1.03 for mean in means.values())
+    assert sum(means.values()) / len(means) < 0.99
 
 
 def values_of(pack: Path) -> dict[str, torch.Tensor]:
