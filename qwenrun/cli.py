@@ -468,8 +468,8 @@ def evaluate(
 ) -> None:
     """Count the questions a model answers exactly, word for word, with greedy decoding.
 
-    --beside feeds the expected answers to two models, which both have to fit into memory, and compares the
-    distributions of their tokens: a much finer measure than counting.
+    --beside feeds the expected answers to two models and compares the distributions of their tokens: a much finer
+    measure than counting. Both have to fit into memory; --ram is what the first may take.
 
     Examples:
         qwenrun eval
