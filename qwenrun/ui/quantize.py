@@ -36,7 +36,7 @@ def quantize(
     *,
     revision: str | None,
     recipe: str | None,
-    importance: Path | None,
+    importance: Path | None = None,
     force: bool,
     as_json: bool,
     quiet: bool,

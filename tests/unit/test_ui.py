@@ -803,7 +803,7 @@ def test_every_command_has_help_with_its_example_first(
 
     names = list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
     kept = ["pull", "ls", "du", "rm", "verify", "show", "export"]
-    assert names == ["quantize", "chat", "vram", "bench", "eval", *kept, "doctor", "selftest"]
+    assert names == ["quantize", "observe", "chat", "vram", "bench", "eval", *kept, "doctor", "selftest"]
     for arguments in ([], ["--help"], *([name, "-h"] for name in names)):
         assert run_main(monkeypatch, *arguments) == 0
         lines = capsys.readouterr().out.splitlines()
