@@ -121,10 +121,11 @@ def convert(
             notes = (*notes, _imported(checkpoint, sums))
         source = _source(checkpoint, hashes)
         if importance:
-            searched = [name for name, entry in entries.items() if entry.assignment.format not in (KEEP, "bf16")]
-            aimed = len(set(searched) & set(importance.names))
+            # What the file says of itself comes first: it may say anything.
+            source["importance"] = {**importance.about, "name": importance.path.name, "sha256": importance.sha256}
+            searched = {name for name, e in entries.items() if not e.spec.plain and not sums[name].carried}
+            aimed = len(searched.intersection(importance.names))
             notes = (*notes, f"scales of {aimed} of {len(searched)} tensors by {importance.path.name}")
-            source["importance"] = {"name": importance.path.name, "sha256": importance.sha256, **importance.about}
         hashed = 0
 
         def advance_hash(size: int) -> None:
