@@ -1,8 +1,8 @@
 """The journal of a pack under construction: which pieces are on the disk for good, so that a killed run goes on.
 
 A text file, one JSON array a line. The first line names what is made; every other one is a piece and what is known of
-it. A line is written after the bytes it speaks of were synced, so whatever it says survives a power cut; a line that
-was torn is cut off. Knows nothing of what a piece is.
+it, with a CRC-32 of both. A line is written after the bytes it speaks of were synced, so whatever it says survives a
+power cut; a line that was torn or changed is cut off, with all behind it. Knows nothing of what a piece is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Journal:
         self._last = time.monotonic()
 
     def _append(self, entries: list[list[Any]]) -> None:
-        text = memoryview("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        text = memoryview("".join(json.dumps([*entry, _sum(entry)]) + "\n" for entry in entries).encode())
         while text:
             text = text[os.write(self._descriptor, text) :]
         os.fdatasync(self._descriptor)
@@ -90,4 +91,11 @@ def _parsed(line: bytes) -> tuple[str, Any] | None:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return (entry[0], entry[1]) if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) else None
+    if not isinstance(entry, list) or len(entry) != 3 or entry[2] != _sum(entry[:2]):
+        return None
+    return (entry[0], entry[1]) if isinstance(entry[0], str) else None
+
+
+def _sum(entry: list[Any]) -> int:
+    """CRC-32 of a line's entry: one that was changed on the disk must not pass for another piece."""
+    return zlib.crc32(json.dumps(entry).encode())

@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from qwenrun.quant.errors import CheckpointError
 from qwenrun.quant.packfile.checkpoint import INDEX, Checkpoint
@@ -259,3 +260,40 @@ def test_built_header_is_read_back() -> None:
     found = parse_header(text[8:], len(text) + 29, "f")
     assert {n: e.start for n, e in found.items()} == starts
     assert len(text) % 64 == 0
+
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b", "model.layers.0.mlp.experts.0.up_proj.weight", "", "a/../b"]),
+        st.one_of(
+            st.sampled_from([SHARD, "secret.safetensors", "../outside.safetensors", "/etc/passwd", ".", ""]),
+            st.text(max_size=8),
+            st.integers(),
+            st.none(),
+            st.lists(st.text(max_size=2), max_size=2),
+        ),
+        max_size=3,
+    )
+)
+@example({"a": SHARD})
+@settings(max_examples=200, deadline=None)
+def test_any_index_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, weight_map: dict) -> None:
+    """Nothing outside of the folder is opened, whatever the index says, links included."""
+    top = tmp_path_factory.mktemp("index")
+    (top / "m").mkdir()
+    save_file({"a": torch.ones(2)}, top / "m" / SHARD)
+    save_file({"b": torch.ones(2)}, top / "outside.safetensors")
+    (top / "m/secret.safetensors").symlink_to(top / "outside.safetensors")
+    (top / "m/config.json").write_text("{}")
+    (top / "m/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    try:
+        with Checkpoint.open(top / "m") as checkpoint:
+            assert checkpoint.shards == [SHARD]
+            assert set(checkpoint.tensors) == {"a"}
+            assert torch.equal(checkpoint.read("a"), torch.ones(2))
+            assert weight_map == {"a": SHARD}
+    except CheckpointError:
+        assert weight_map != {"a": SHARD}

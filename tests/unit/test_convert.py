@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwenrun.errors import ModelError
 from qwenrun.kernels.ops import decode
@@ -350,6 +352,27 @@ def test_a_torn_journal_loses_its_last_line_alone(tmp_path: Path) -> None:
             again.close()
             assert journal.Journal(path, "this").pieces == again.pieces
     assert journal.Journal(path, "other").pieces == {}
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_changed_journal_says_nothing_wrong(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Bytes changed, cut or put in anywhere: what it still says, it said before, in the same order."""
+    path = tmp_path_factory.mktemp("journal") / "j"
+    first = journal.Journal(path, "this")
+    said = {f"layers.{number}.experts:{number}": {"signal": number / 3, "peak": 1e-9} for number in range(4)}
+    for key, known in said.items():
+        first.add(key, known)
+    first.commit(lambda: None)
+    first.close()
+    held = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(held) - 1))
+        held[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path.write_bytes(held)
+    again = journal.Journal(path, "this")
+    again.close()
+    assert list(again.pieces.items()) == list(said.items())[: len(again.pieces)]
 
 
 def test_disk_that_is_full_from_the_start(

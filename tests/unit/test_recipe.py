@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwenrun.model.config import ModelConfig, zoo_names
 from qwenrun.model.inventory import inventory
@@ -152,3 +155,23 @@ def test_a_vector_is_no_matrix() -> None:
     recipe = Recipe.from_dict({"rules": [{"match": "*", "format": "int4-g32"}]}, "test")
     with pytest.raises(RecipeError, match=r"a\.norm"):
         recipe.assign(TensorInfo("a.norm", (32,), "BF16", "norm"))
+
+
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=6)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=8,
+)
+RULE = st.dictionaries(
+    st.sampled_from(["match", "format", "why"]),
+    st.one_of(ANYTHING, st.sampled_from(["*", "*.weight", "[", "int4-g128", "nvfp4", "int4-g0", "int9-g-1"])),
+    max_size=3,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["name", "description", "rules", "x"]), st.one_of(ANYTHING, st.lists(RULE))))
+@settings(max_examples=300, deadline=None)
+def test_any_table_is_a_recipe_or_refused(table: dict) -> None:
+    with contextlib.suppress(RecipeError):
+        recipe = Recipe.from_dict(table, "test")
+        recipe.assign(TensorInfo("model.layers.0.mlp.up_proj.weight", (64, 256), "BF16", "mlp"))
