@@ -334,11 +334,10 @@ def render(messages: list[Message]) -> list[tuple[str, bool]]:
     return pieces
 
 
-def main(seed: str, count: str) -> None:
-    """Print `count` conversations."""
-    for messages in islice(iter(Sampler(int(seed))), int(count)):
-        sys.stdout.write("".join(text for text, _ in render(messages)))
+def text_of(seed: int, count: int) -> str:
+    """The first `count` conversations of a stream, as text."""
+    return "".join(text for messages in islice(Sampler(seed), count) for text, _ in render(messages))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.stdout.write(text_of(*map(int, sys.argv[1:])))

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ from qwenrun.quant.packfile.checkpoint import Checkpoint
 from qwenrun.quant.packfile.layout import MANIFEST
 from qwenrun.quant.packfile.reader import PackReader
 from qwenrun.quant.recipe import KEEP, Assignment, TensorInfo
+from qwenrun.text.template import render
 from qwenrun.text.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -179,6 +181,24 @@ class Engine:
     @property
     def has_tokenizer(self) -> bool:
         return (self.path / TOKENIZER).is_file()
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        think: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        prompt: bool = True,
+    ) -> list[int]:
+        """The ids of a conversation as the chat template has it. prompt: with the beginning of an answer at its end."""
+        parts = render(
+            messages,
+            tools=tools,
+            add_generation_prompt=prompt,
+            enable_thinking=think,
+            thinking_default=self.thinking_default,
+            json_scalars=self.json_scalars,
+        )
+        return self.tokenizer.encode_parts(parts)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:

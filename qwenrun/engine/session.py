@@ -19,7 +19,6 @@ from qwenrun.engine.sampler import Sampler, SamplingParams
 from qwenrun.engine.state import Saved, SequenceState
 from qwenrun.errors import UsageError
 from qwenrun.text.stream import ThinkSplitter
-from qwenrun.text.template import render
 from qwenrun.text.tokenizer import Detokenizer
 
 if TYPE_CHECKING:
@@ -254,20 +253,7 @@ class Session:
         """
         engine = self._engine
         think = engine.thinking_default if think is None else think
-        tokenizer = engine.tokenizer
-
-        def encode(add_generation_prompt: bool) -> list[int]:
-            parts = render(
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=think,
-                thinking_default=engine.thinking_default,
-                json_scalars=engine.json_scalars,
-            )
-            return tokenizer.encode_parts(parts)
-
-        history, prompt = encode(False), encode(True)
+        history, prompt = (engine.encode_chat(messages, think, tools, prompt=asked) for asked in (False, True))
         # Later turns keep this history but not the generation prompt (nor the reasoning that follows it): the
         # end of the history is where the next turn will branch off.
         branch = len(history) if prompt[: len(history)] == history else None

@@ -93,7 +93,7 @@ def observe(
 ) -> Seen:
     """Feed `ids` to an engine that was opened with `sums` as its watch.
 
-    Ctrl-C ends it early: the chunks before count, if there was one. Raises UsageError without a token.
+    Ctrl-C ends it early: the chunks before it count, if there was one. Raises UsageError without a token.
     """
     if not ids:
         raise UsageError("there is nothing to observe: the text is empty", "qwenrun observe TEXT -m MODEL -o FILE")

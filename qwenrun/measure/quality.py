@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from qwenrun.engine.events import Done
 from qwenrun.errors import UsageError
-from qwenrun.text.template import render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,15 +182,9 @@ def distances(
 
 def _tokens(engine: Engine, question: str, answer: str, think: bool) -> tuple[list[int], list[int]]:
     """The prompt's, and those of the answer with its end."""
-    parts = render(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        enable_thinking=think,
-        thinking_default=engine.thinking_default,
-        json_scalars=engine.json_scalars,
-    )
     tokenizer = engine.tokenizer
-    return tokenizer.encode_parts(parts), [*tokenizer.encode(answer), tokenizer.control_id("<|im_end|>")]
+    prompt = engine.encode_chat([{"role": "user", "content": question}], think)
+    return prompt, [*tokenizer.encode(answer), tokenizer.control_id("<|im_end|>")]
 
 
 def _logits(session: Session, prompt: list[int], answer: list[int]) -> Tensor:

@@ -65,19 +65,17 @@ def observe(
             with Progress("observe", unit="tokens", quiet=quiet) as progress:
                 seen = reading.observe(engine, sums, ids, progress)
     observed = sums.observed()
-    name = model_name(config, path)
     about = {
-        "tool": f"qwenrun {__version__}",
-        "model": name,
+        "model": model_name(config, path),
         "text": "stdin" if str(text) == "-" else text.name,
         "text_sha256": digest,
         "tokens": str(seen.tokens),
         "ctx": str(ctx),
     }
-    write_importance(out, observed, about)
+    write_importance(out, observed, {"tool": f"qwenrun {__version__}", **about})
     if as_json:
-        content = {"path": str(out), "model": name, "matrices": len(observed), **about, **asdict(seen)}
-        console.document("observe", 1, {key: value for key, value in content.items() if key != "tool"})
+        content = {"path": str(out), **about, "matrices": len(observed), **asdict(seen)}
+        console.document("observe", 1, content)
     else:
         console.say(str(out))
     if not quiet:

@@ -8,7 +8,6 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from qwenrun import Engine
 from qwenrun.demo import model_dir
-from qwenrun.demo.dataset import Sampler, render
+from qwenrun.demo.dataset import text_of
 from qwenrun.errors import UsageError
 from qwenrun.kernels.ops import decode
 from qwenrun.measure.observe import Sums, observe
@@ -308,8 +307,7 @@ def test_products_of_the_demo_come_out_nearer(tmp_path: Path, name: str) -> None
             return see
 
     def feed(watch: Any, seed: int, count: int) -> None:
-        talks = islice(iter(Sampler(seed)), count)
-        text = "".join(piece for messages in talks for piece, _ in render(messages))
+        text = text_of(seed, count)
         with Engine.open(model_dir(), ctx=2048, watch=watch) as engine:
             engine.session().feed(engine.tokenizer.encode_with_controls(text)[:2048])
 
